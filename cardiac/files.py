@@ -1,0 +1,115 @@
+"""Files that are whole or absent, folders used by one process at a time, and errors a user can act on."""
+
+import contextlib
+import csv
+import fcntl
+import io
+import json
+import os
+from pathlib import Path
+
+
+class InputError(Exception):
+    """Something the user gave is wrong. The message is one line: which file, what is wrong, what to do."""
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Give a temporary path beside `path`; rename it to `path` when the block ends well, else remove it.
+
+    The file is fsynced before the rename and its folder after, so that what has the final name is whole even
+    after a power cut. The temporary name keeps the suffix (nibabel goes by it) and is always the same, so that
+    what a killed process left behind is overwritten by the next one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path, data):
+    """Write `data` (bytes) to `path`, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path, text):
+    """Write `text` (str) to `path` as UTF-8, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path, value):
+    """Write a JSON value, indented, keys in the order given."""
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def read_json(path):
+    """Read a JSON value; InputError where the file is not JSON."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error}); remove it or start with --overwrite") from error
+
+
+def write_csv(path, columns, rows):
+    """Write rows (mappings) as CSV with these columns. Floats: six decimals, NaN as an empty cell.
+
+    A text that a spreadsheet would run as a formula is written with a quote in front of it.
+    """
+    buffer = io.StringIO(newline="")
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({column: _cell(row.get(column)) for column in columns})
+    write_text(path, buffer.getvalue())
+
+
+def read_csv(path):
+    """Read a CSV file written by `write_csv` as a list of dicts of strings."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _cell(value):
+    if value is None or (isinstance(value, float) and value != value):
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6f}"
+    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
+        return "'" + value
+    return value
+
+
+@contextlib.contextmanager
+def locked(path, busy=None, wait=False):
+    """Hold an exclusive lock on the file `path` for the block.
+
+    With `wait`, wait for another holder, after printing `busy`; without, raise InputError(`busy`). The kernel
+    drops the lock of a process that dies, so a killed run leaves no lock behind.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise InputError(busy) from None
+            print(busy, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _sync_folder(folder):
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
