@@ -1,7 +1,8 @@
 """Registration-based label propagation for 2-D cardiac MRI segmentation.
 
 Cine MRI has 20 to 30 frames a heartbeat and expert labels on two of them. A network learns to register the
-frames of one patient; its displacement fields carry the labels to the frames between; a U-Net learns from both.
+frames of one patient; its displacement fields carry the labels to the frames between; a U-Net learns from
+both.
 
 The modules, in the order in which the data meets them: `cases` (what lies on disk), `cache` (slices of one
 size and spacing in one HDF5 file), `slices` (batches on the device), `warp`, `networks`, `losses` (the

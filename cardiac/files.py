@@ -18,8 +18,8 @@ def replacing(path):
     """Give a temporary path beside `path`; rename it to `path` when the block ends well, else remove it.
 
     The file is fsynced before the rename and its folder after, so that what has the final name is whole even
-    after a power cut. The temporary name keeps the suffix (nibabel goes by it) and is always the same, so that
-    what a killed process left behind is overwritten by the next one.
+    after a power cut. The temporary name keeps the suffix (nibabel goes by it) and is always the same, so
+    that what a killed process left behind is overwritten by the next one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

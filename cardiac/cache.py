@@ -1,0 +1,340 @@
+"""Cases to one HDF5 file of preprocessed slices, and what is needed to undo the preprocessing exactly.
+
+Layout of the file, which is rebuilt whenever it does not fit what is asked for:
+
+    images   (N, S, S) float16   every frame of every case, row = first + frame * slices + slice
+    labels   (M, S, S) uint8     expert frames alone, row = first_label + k * slices + slice for k of (ED, ES)
+    cases    (K,) JSON           code of each case, its first rows in both, and the share of labels cropped
+    attributes: schema, size, spacing, sources (JSON: relative path -> size, mtime)
+
+Slices keep the axes of the NIfTI array, X along H and Y along W.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+from tqdm import tqdm
+
+from cardiac import CLASSES
+from cardiac.cases import Case, load_case, read_cases
+from cardiac.files import InputError, locked, replacing
+from cardiac.workers import worker_pool
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The in-plane way from a case's own grid to the cache's slices and back.
+
+    shape: (X, Y) pixels; spacing: their (x, y) spacing, mm; size, target: pixels and mm of the square slice.
+    The centres of both grids lie on each other.
+    """
+
+    shape: tuple
+    spacing: tuple
+    size: int
+    target: float
+
+    def to_slices(self, planes):
+        """Resample planes (..., X, Y) to slices (..., S, S), zeros outside the image."""
+        return self._apply(planes, self.shape, (self.size,) * 2, [self.target / s for s in self.spacing], "zero")
+
+    def from_slices(self, slices, outside="zero"):
+        """Resample slices (..., S, S) to planes (..., X, Y); outside the crop: "zero" or the "edge" value."""
+        return self._apply(slices, (self.size,) * 2, self.shape, [s / self.target for s in self.spacing], outside)
+
+    def labels_to_slices(self, labels):
+        """Resample labels (..., X, Y) uint8: one-hot linearly, then arg max (nearest would fray the edge)."""
+        return most_likely(self.to_slices(one_hot(labels)))
+
+    def inside(self):
+        """Whether each pixel (X, Y) lies inside the crop."""
+        masks = []
+        for n, spacing in zip(self.shape, self.spacing):
+            distance = np.abs(np.arange(n) - (n - 1) / 2) * spacing
+            masks.append(distance <= self.size * self.target / 2)
+        return masks[0][:, None] & masks[1]
+
+    @staticmethod
+    def _apply(planes, source, target, steps, outside):
+        rows, columns = (resampling_matrix(*axis, outside) for axis in zip(source, target, steps))
+        return rows @ (planes.astype(np.float32, copy=False) @ columns.T)
+
+
+def resampling_matrix(source, target, step, outside="zero"):
+    """Linear interpolation along one axis as a matrix (target, source), float32.
+
+    Target sample i lies at c = (source - 1) / 2 + (i - (target - 1) / 2) * step. The kernel is a triangle as
+    wide as the coarser of both grids, so that going to a coarser one does not alias. outside: "zero" or
+    "edge".
+    """
+    width = max(1.0, step)
+    centres = (source - 1) / 2 + (np.arange(target) - (target - 1) / 2) * step
+    reach = int(np.ceil(width))
+    taps = np.floor(centres)[:, None] + np.arange(-reach, reach + 2)
+    weights = np.maximum(0, 1 - np.abs(taps - centres[:, None]) / width)
+    weights /= weights.sum(1, keepdims=True)
+    if outside == "zero":
+        weights[(taps < 0) | (taps >= source)] = 0
+    matrix = np.zeros((target, source), np.float32)
+    rows = np.repeat(np.arange(target), taps.shape[1])
+    np.add.at(matrix, (rows, taps.clip(0, source - 1).astype(int).ravel()), weights.ravel())
+    return matrix
+
+
+def one_hot(labels):
+    """Labels (..., X, Y) to the regions LV, MYO, RV: (3, ..., X, Y) float32."""
+    return np.stack([labels == region for region in range(1, CLASSES)]).astype(np.float32)
+
+
+def most_likely(regions):
+    """Shares of LV, MYO, RV (3, ...), the rest background, to labels (...) uint8."""
+    background = 1 - regions.sum(0)
+    return np.where(regions.max(0) > background, regions.argmax(0) + 1, 0).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class CachedCase(Case):
+    """A case and where it lies in the cache."""
+
+    first: int  # row of frame 0, slice 0 in `images`
+    first_label: int | None  # row of ED, slice 0 in `labels`; None without expert labels
+    cropped: float  # share of labelled pixels that the crop loses
+
+    @property
+    def labelled(self):
+        """Whether ED and ES have expert labels."""
+        return self.first_label is not None
+
+    @property
+    def slices(self):
+        """Number of slices."""
+        return self.shape[2]
+
+    @property
+    def frames(self):
+        """Number of frames."""
+        return self.shape[3]
+
+    def rows(self, frame):
+        """Rows of a frame's slices in `images`: (Z,)."""
+        return self.first + frame * self.slices + np.arange(self.slices)
+
+    def label_rows(self, frame):
+        """Rows of an expert frame's slices in `labels`: (Z,)."""
+        return self.first_label + (self.ed, self.es).index(frame) * self.slices + np.arange(self.slices)
+
+    def grid(self, cache):
+        """The way between this case's own grid and the slices of `cache`."""
+        return Grid(self.shape[:2], self.spacing[:2], cache.size, cache.spacing)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A slice cache on disk. It holds no open file, so it can be handed to another process."""
+
+    path: Path
+    root: Path  # of the dataset
+    name: str
+    size: int
+    spacing: float  # mm
+    cases: tuple  # of CachedCase
+    skipped: tuple = ()  # why cases were left out with --skip-bad, a line each
+
+    def split(self, *names):
+        """The cases of these splits."""
+        return [case for case in self.cases if case.split in names]
+
+    def training_and_validation(self, seed):
+        """The cases to train on, to validate on, and to log alone: three lists.
+
+        Validated on are labelled Validation cases of vendors that have training labels; those of other
+        vendors are logged and decide nothing. Without the former, 20 % of the labelled training patients by
+        seed, at least one; with one patient, that patient, with a warning. Raises InputError without training
+        labels.
+        """
+        training = self.split("Training")
+        labelled = [case for case in training if case.labelled]
+        if not labelled:
+            raise InputError(f"{self.root}: no case of Training has labels; there is nothing to learn from")
+        seen = {case.vendor for case in labelled}
+        validation = [case for case in self.split("Validation") if case.labelled]
+        unseen = [case for case in validation if case.vendor not in seen]
+        validation = [case for case in validation if case.vendor in seen]
+        if validation:
+            return training, validation, unseen
+        if len(labelled) == 1:
+            print(f"warning: no Validation, and one patient alone: {labelled[0].code} is trained and validated on")
+            return training, labelled, unseen
+        chosen = np.random.default_rng(seed).permutation(len(labelled))[: max(1, len(labelled) // 5)]
+        validation = [labelled[k] for k in sorted(chosen)]
+        print(f"no Validation: {len(validation)} of {len(labelled)} training patients are held out for it: "
+              + ", ".join(case.code for case in validation))  # fmt: skip
+        return [case for case in training if case not in validation], validation, unseen
+
+    def read(self, dataset, row_ranges, out):
+        """Read ranges [(start, stop), ...] of "images" or "labels" one after the other into the array `out`.
+        """
+        with h5py.File(self.path) as file:
+            position = 0
+            for start, stop in row_ranges:
+                count = stop - start
+                file[dataset].read_direct(out, np.s_[start:stop], np.s_[position : position + count])
+                position += count
+
+
+def open_cache(settings):
+    """The cache of the dataset `settings.data`, built or rebuilt where it must be. Raises InputError."""
+    dataset = read_cases(settings.data)
+    cases = dataset.good(settings.skip_bad)
+    path = settings.cache / f"{dataset.name}.h5"
+    wanted = {
+        "schema": SCHEMA,
+        "size": settings.size,
+        "spacing": settings.spacing,
+        "sources": _fingerprint(dataset),
+    }
+    with locked(path.with_name(f".{path.name}.lock"), f"cache: waiting for another process at {path}", wait=True):
+        reason = _misfit(path, wanted)
+        if reason:
+            print(f"cache: building {path}: {reason}", flush=True)
+            _build(path, dataset, wanted, settings)
+    for warning in dataset.warnings:
+        print(f"warning: {warning}")
+    with h5py.File(path) as file:
+        places = [json.loads(text) for text in file["cases"].asstr()[:]]
+        skipped = (*dataset.problems, *json.loads(file["skipped"].asstr()[()]))
+    if skipped and not settings.skip_bad:
+        raise InputError(f"{skipped[0]} (mend it, or go on without it: --skip-bad)")
+    known = {case.code: case for case in cases}
+    cached = tuple(CachedCase(**vars(known[place.pop("code")]), **place) for place in places)
+    cache = Cache(path, dataset.root, dataset.name, settings.size, settings.spacing, cached, skipped)
+    _report(cache)
+    return cache
+
+
+def _fingerprint(dataset):
+    """Size and time of every source file by its path relative to the root, and what the table says of each
+    case.
+    """
+    sources = {}
+    for case in dataset.cases:
+        for name in case.files:
+            status = os.stat(dataset.root / name)
+            sources[name] = [status.st_size, status.st_mtime_ns]
+        sources[f"{case.split}/{case.code}"] = [case.vendor, case.centre, case.ed, case.es]
+    return sources
+
+
+def _misfit(path, wanted):
+    """Why the file at `path` cannot be used as it is, or None."""
+    if not path.exists():
+        return "there is none yet"
+    try:
+        with h5py.File(path) as file:
+            found = {name: file.attrs.get(name) for name in ("schema", "size", "spacing")}
+            found["sources"] = json.loads(file["sources"].asstr()[()])
+    except (OSError, KeyError, ValueError) as error:
+        return f"the file there is not readable ({str(error).splitlines()[0]})"
+    for name in ("schema", "size", "spacing"):
+        if found[name] != wanted[name]:
+            return f"{name} differs: {found[name]} there, {wanted[name]} asked for"
+    changed = [name for name in {**found["sources"], **wanted["sources"]}
+               if found["sources"].get(name) != wanted["sources"].get(name)]
+    return f"sources differ: {sorted(changed)[0]} and {len(changed) - 1} more changed" if changed else None
+
+
+def _build(path, dataset, wanted, settings):
+    """Preprocess the cases in worker processes and write them, in order, from this one."""
+    size, spacing, cases = settings.size, settings.spacing, dataset.good(settings.skip_bad)
+    rows = sum(case.shape[2] * case.shape[3] for case in cases)
+    label_rows = sum(2 * case.shape[2] for case in cases if case.ed is not None)
+    places, first, first_label, problems = [], 0, 0, []
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        # contiguous: a case is one run of bytes, read at the speed of the disk
+        images = file.create_dataset("images", (rows, size, size), np.float16)
+        labels = file.create_dataset("labels", (label_rows, size, size), np.uint8)
+        jobs = [(case, size, spacing) for case in cases]
+        with worker_pool(settings.workers, len(jobs)) as run:
+            for case, result in zip(cases, tqdm(run(_preprocess, jobs), "cache", len(jobs), unit="case")):
+                if isinstance(result, InputError):
+                    problems.append(str(result))
+                    if settings.skip_bad:
+                        continue
+                    raise result
+                case_images, case_labels, cropped, warnings = result
+                for warning in warnings:
+                    tqdm.write(f"warning: {warning}")
+                images[first : first + len(case_images)] = case_images
+                place = {"code": case.code, "first": first, "first_label": None, "cropped": cropped}
+                if case_labels is not None:
+                    labels[first_label : first_label + len(case_labels)] = case_labels
+                    place["first_label"] = first_label
+                    first_label += len(case_labels)
+                places.append(place)
+                first += len(case_images)
+        file["skipped"] = json.dumps(problems)
+        if not places:
+            raise InputError(f"{dataset.root}: no case could be read")
+        file["cases"] = [json.dumps(place) for place in places]
+        file["sources"] = json.dumps(wanted["sources"])
+        file.attrs.update({name: wanted[name] for name in ("schema", "size", "spacing")})
+
+
+def _preprocess(case, size, spacing):
+    """One case to (images (T * Z, S, S) float16, labels (2 * Z, S, S) uint8 or None, share cropped,
+    warnings).
+    """
+    try:
+        image, labels, warnings = load_case(case)
+    except InputError as error:
+        return error
+    grid = Grid(case.shape[:2], case.spacing[:2], size, spacing)
+    images = standardise(image, grid)
+    if case.ed is None:
+        return images, None, 0.0, warnings
+    planes = np.concatenate([labels[frame].transpose(2, 0, 1) for frame in (case.ed, case.es)])
+    foreground = planes > 0
+    cropped = 1 - (foreground & grid.inside()).sum() / foreground.sum()
+    return images, grid.labels_to_slices(planes), float(cropped), warnings
+
+
+def standardise(image, grid):
+    """A cine (X, Y, Z, T) to slices (T * Z, S, S) float16 with intensities in [0, 1].
+
+    The 1st and 99th percentile of the case become 0 and 1: single bright voxels (fat near the coil, flow)
+    reach ten times the blood's intensity and must not set the scale.
+    """
+    sample = image.ravel(order="K")
+    low, high = np.percentile(sample[:: max(1, sample.size // 1_000_000)], (1, 99))
+    if not high > low:  # a constant but for single voxels
+        low, high = float(image.min()), float(image.max())
+    slices = np.empty((image.shape[3], image.shape[2], grid.size, grid.size), np.float16)
+    for frame in range(image.shape[3]):
+        planes = np.clip((image[..., frame].transpose(2, 0, 1) - low) / (high - low), 0, 1)
+        slices[frame] = grid.to_slices(planes)
+    return slices.reshape(-1, grid.size, grid.size)
+
+
+def _report(cache):
+    """Say what the cache holds, and warn of hearts outside the crop."""
+    for problem in cache.skipped:
+        print(f"skipped: {problem}")
+    cases = cache.cases
+    slices = sum(case.slices * case.frames for case in cases)
+    labelled = [case for case in cases if case.labelled]
+    side = cache.size * cache.spacing
+    print(f"cache: {cache.path}: {len(cases)} cases, {len(labelled)} labelled, {slices} slices "
+          f"of {cache.size}x{cache.size} at {cache.spacing:g} mm ({side:.0f} mm)")  # fmt: skip
+    if labelled:
+        worst = max(labelled, key=lambda case: case.cropped)
+        mean = sum(case.cropped for case in labelled) / len(labelled)
+        line = f"labelled pixels outside the crop: {mean:.2%} on average, {worst.cropped:.2%} in {worst.code}"
+        if worst.cropped > 0.01:
+            line = f"warning: {line}; take a larger --size or --spacing"
+        print(f"cache: {line}", flush=True)

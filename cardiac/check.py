@@ -1,0 +1,93 @@
+"""Check a dataset without doing anything else: `python -m cardiac.check --data DIR`.
+
+Reads every case, voxels and all, names every problem (one line each, on stderr) and sums up what there is.
+Exit status 0 when all is good, 2 when there are problems.
+"""
+
+import argparse
+import collections
+import sys
+
+from tqdm import tqdm
+
+from cardiac import LABELS
+from cardiac.cases import VENDORS, load_case, read_cases, shown
+from cardiac.files import InputError
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser("python -m cardiac.check", description="Check every file of a dataset.")
+    parser.add_argument("--data", required=True, help="folder of a dataset, M&Ms or ACDC")
+    data = parser.parse_args(argv).data
+    try:
+        dataset = read_cases(data)
+    except InputError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 2
+    problems, warnings, good, volumes = list(dataset.problems), list(dataset.warnings), [], []
+    for case in tqdm(dataset.cases, "reading", unit="case", disable=None):
+        try:
+            _, labels, remarks = load_case(case)
+        except InputError as fault:
+            problems.append(str(fault))
+            continue
+        warnings += remarks
+        good.append(case)
+        volumes.append(_volumes_ml(case, labels))
+    for line in summary(dataset, good, volumes):
+        print(line)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    for problem in problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    print(f"{len(good)} good cases, {len(problems)} problems, {len(warnings)} warnings")
+    return 2 if problems else 0
+
+
+def _volumes_ml(case, labels):
+    """{(phase, region): ml} of the expert labels of a case."""
+    voxel = case.spacing[0] * case.spacing[1] * case.spacing[2] / 1000
+    phases = {"ED": case.ed, "ES": case.es} if labels else {}
+    return {
+        (phase, region): voxel * int((labels[frame] == value).sum())
+        for phase, frame in phases.items()
+        for region, value in LABELS.items()
+    }
+
+
+def summary(dataset, cases, volumes):
+    """Lines that say what the dataset holds: cases by split and vendor, grids, times, labels."""
+    yield f"{dataset.kind} dataset in {shown(dataset.root)}"
+    if not cases:
+        return
+    yield "cases".ljust(24) + "".join(f"{vendor} {maker}".rjust(11) for vendor, maker in VENDORS.items())
+    groups = collections.Counter(
+        (case.split if case.labels else f"{case.split} (unlabelled)", case.vendor) for case in cases
+    )
+    for name in dict.fromkeys(split for split, _ in groups):
+        yield f"  {name}".ljust(24) + "".join(str(groups[name, vendor]).rjust(11) for vendor in VENDORS)
+    x, y, z, frames = zip(*(case.shape for case in cases))
+    in_plane = [mm for case in cases for mm in case.spacing[:2]]
+    yield f"grid       {_range(x)} x {_range(y)} pixels, {_range(z)} slices, {_range(frames)} frames"
+    between = _range(case.spacing[2] for case in cases)
+    yield f"spacing    {_range(in_plane)} mm in plane, {between} mm between slices"
+    labelled = [case for case in cases if case.labels]
+    if not labelled:
+        yield "labels     none"
+        return
+    wraps = sum(case.es < case.ed for case in labelled)
+    skipped = _range((case.es - case.ed - 1) % case.shape[3] for case in labelled)
+    yield f"labels     {len(labelled)} cases; {skipped} frames between ED and ES; ED after ES in {wraps}"
+    for phase in ("ED", "ES"):
+        ml = {region: _range(v[phase, region] for v in volumes if v) for region in LABELS}
+        yield f"volume     {phase}: " + ", ".join(f"{region} {values} ml" for region, values in ml.items())
+
+
+def _range(numbers):
+    numbers = sorted(numbers)
+    low, high = f"{numbers[0]:.4g}", f"{numbers[-1]:.4g}"
+    return low if low == high else f"{low} to {high}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""What is minimised: image similarity, smoothness, overlap of labels, cross-entropy."""
+
+import torch
+import torch.nn.functional as F
+
+from cardiac import CLASSES
+
+IGNORED = 255  # the label of a pixel that nobody labelled
+
+
+def local_ncc(warped, fixed, window=9):
+    """1 - squared local normalised cross-correlation of two (B, 1, H, W): a scalar in [0, 1].
+
+    Avants et al., 2008, as VoxelMorph has it: means and variances over a window x window box. On flat patches
+    it stays right because each slice is standardised first (its scale no longer matters to the 1e-5), the box
+    filter is two one-dimensional averages (a summed-area table would lose small variances to cancellation in
+    float32), and variances are clamped at 0.
+    """
+    with torch.autocast(warped.device.type, enabled=False):
+        first, second = _standardised(warped.float()), _standardised(fixed.float())
+        moments = torch.cat([first, second, first * first, second * second, first * second], dim=1)
+        half = window // 2
+        options = {"stride": 1, "count_include_pad": False}
+        moments = F.avg_pool2d(moments, (window, 1), padding=(half, 0), **options)
+        moments = F.avg_pool2d(moments, (1, window), padding=(0, half), **options)
+        mean1, mean2, square1, square2, product = moments.chunk(5, dim=1)
+        covariance = product - mean1 * mean2
+        variance1 = (square1 - mean1 * mean1).clamp(min=0)
+        variance2 = (square2 - mean2 * mean2).clamp(min=0)
+        return 1 - (covariance * covariance / (variance1 * variance2 + 1e-5)).mean()
+
+
+def _standardised(image):
+    deviation, mean = torch.std_mean(image, dim=(-2, -1), keepdim=True, correction=0)
+    return (image - mean) / (deviation + 1e-5)
+
+
+def diffusion(velocity):
+    """Mean squared forward difference of a velocity (B, 2, h, w): VoxelMorph's smoothness, per pixel of its
+    grid.
+    """
+    along_h = velocity[..., 1:, :] - velocity[..., :-1, :]
+    along_w = velocity[..., 1:] - velocity[..., :-1]
+    return (along_h.square().mean() + along_w.square().mean()) / 2
+
+
+def one_hot(labels):
+    """Labels (B, H, W), values 0 to 3 or IGNORED, to the regions LV, MYO, RV: (B, 3, H, W) float32; ignored
+    is 0.
+    """
+    regions = torch.arange(1, CLASSES, device=labels.device, dtype=labels.dtype)
+    return (labels[:, None] == regions.view(1, -1, 1, 1)).float()
+
+
+def overlap_loss(warped, fixed, labelled):
+    """1 - soft Dice of warped regions with those of the fixed slice, both (B, 3, H, W); labelled: (B,) bool.
+
+    The mean over regions that both slices show, in samples with two expert labels: a region that one of two
+    slices lacks (apex, base) has nothing to be carried onto and is left out, not scored 0. 0 where no region
+    is left.
+    """
+    areas = warped.sum((-2, -1)), fixed.sum((-2, -1))
+    counted = labelled[:, None] & (areas[0] > 0) & (areas[1] > 0)
+    dice = 2 * (warped * fixed).sum((-2, -1)) / (areas[0] + areas[1]).clamp(min=1e-6)
+    return ((1 - dice) * counted).sum() / counted.sum().clamp(min=1)
+
+
+def cross_entropy(logits, labels):
+    """Mean cross-entropy of logits (B, 4, H, W) and labels (B, H, W) over the pixels that are not IGNORED."""
+    return F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORED)

@@ -1,0 +1,227 @@
+"""What is reported: overlap, surface distances and volumes of a case, and the statistics over patients.
+
+Everything here takes and gives numpy arrays and plain floats, without torch, so that it runs in worker
+processes. NaN stands for "not defined" and never for a bad result: whoever averages leaves it out and shows
+how many. Definitions follow Taha & Hanbury, "Metrics for evaluating 3D medical image segmentation" (BMC Med.
+Imaging, 2015).
+"""
+
+import numpy as np
+from scipy import ndimage, stats
+from scipy.spatial import cKDTree
+
+from cardiac import LABELS
+
+MYOCARDIUM_DENSITY = 1.05  # g/ml: mass of the myocardium = its volume times this
+_NAN = float("nan")
+
+
+# ---------------------------------------------------------------------------------- one pair of masks
+
+
+def dice(prediction, reference):
+    """Dice coefficient 2 |A and B| / (|A| + |B|) of two masks; NaN if both are empty, 0 if one is."""
+    prediction, reference = _pair(prediction, reference)
+    total = np.count_nonzero(prediction) + np.count_nonzero(reference)
+    return 2 * np.count_nonzero(prediction & reference) / total if total else _NAN
+
+
+def volume_ml(mask, spacing):
+    """Volume in ml of a mask (X, Y, Z) whose voxels measure `spacing` (3,) mm."""
+    return float(np.count_nonzero(mask) * np.prod(np.asarray(spacing, float)) / 1000)
+
+
+def surface_distances(prediction, reference, spacing):
+    """HD95 and ASSD in mm of two masks (X, Y, Z), voxels of `spacing` (3,) mm; (NaN, NaN) if one is empty.
+
+    The surface of a mask is its voxels with at least one of the six face neighbours outside it; beyond the
+    array counts as outside. With d(A, B) the distances from every surface voxel of A to the nearest of B
+    (centre to centre, exact):
+
+    - HD95: the larger of the 95th percentiles of d(A, B) and of d(B, A), interpolated linearly;
+    - ASSD: the mean of d(A, B) and d(B, A) put together, so that the larger surface weighs more. The mean of
+      the two directed means, which some use, is another number.
+
+    Both are those of MONAI 1.6.1, `compute_hausdorff_distance(percentile=95)` and
+    `compute_average_surface_distance(symmetric=True)`; where one mask is empty, it answers NaN and infinity.
+    """
+    prediction, reference = _pair(prediction, reference)
+    spacing = np.asarray(spacing, float)
+    if prediction.ndim != 3 or spacing.shape != (3,):
+        raise ValueError(f"masks must be 3-D with three spacings, not {prediction.shape} with {spacing}")
+    if not prediction.any() or not reference.any():
+        return _NAN, _NAN
+    first, second = (_surface(mask) for mask in _crop(prediction, reference))
+    forth, back = _directed(first, second, spacing), _directed(second, first, spacing)
+    hd95 = max(np.percentile(forth, 95), np.percentile(back, 95))
+    return float(hd95), float(np.concatenate([forth, back]).mean())
+
+
+def _pair(prediction, reference):
+    """Both as boolean arrays. Shapes that differ would broadcast in silence, so they are an error."""
+    prediction, reference = np.asarray(prediction, bool), np.asarray(reference, bool)
+    if prediction.shape != reference.shape:
+        raise ValueError(f"masks differ in shape: {prediction.shape} and {reference.shape}")
+    return prediction, reference
+
+
+def _crop(first, second):
+    """Both masks cut to the box around their union, an axis at a time: each cut makes the next cheaper."""
+    for axis in range(first.ndim):
+        others = tuple(other for other in range(first.ndim) if other != axis)
+        filled = np.flatnonzero((first | second).any(axis=others))
+        window = (slice(None),) * axis + (slice(filled[0], filled[-1] + 1),)
+        first, second = first[window], second[window]
+    return first, second
+
+
+def _surface(mask):
+    """Voxels of a mask that erosion by the six face neighbours removes; outside the array is background."""
+    return mask & ~ndimage.binary_erosion(mask, border_value=0)
+
+
+def _directed(source, target, spacing):
+    """Distances in mm (N,) from each of the N voxels of `source` to the nearest voxel of `target`.
+
+    Voxels that the two share are at 0 and need no search: half of them when the masks are alike. A distance
+    transform is as fast on a small box, but one stray voxel makes the box large; a k-d tree does not mind.
+    """
+    astray = np.argwhere(source & ~target) * spacing
+    distances = np.zeros(np.count_nonzero(source))
+    # Voxel centres are spread evenly by nature: a balanced tree costs more to build than it saves.
+    tree = cKDTree(np.argwhere(target) * spacing, balanced_tree=False, compact_nodes=False)
+    distances[: len(astray)] = tree.query(astray)[0]  # their order does not matter
+    return distances
+
+
+# --------------------------------------------------------------------------------------- one case
+
+
+def score_case(prediction, reference, spacing):
+    """Scores of the labels of one case and phase (X, Y, Z) with voxels of `spacing` (3,) mm, by region.
+
+    Returns {region: {dice, hd95_mm, assd_mm, volume_ml, reference_volume_ml}}. A region that neither has:
+    all NaN but the volumes, which are 0. A region that one lacks: Dice 0 and distances NaN, which makes it a
+    failure.
+    """
+    prediction, reference = np.asarray(prediction), np.asarray(reference)
+    return {
+        region: _score_region(prediction == label, reference == label, spacing)
+        for region, label in LABELS.items()
+    }
+
+
+def _score_region(prediction, reference, spacing):
+    hd95, assd = surface_distances(prediction, reference, spacing)
+    return {
+        "dice": dice(prediction, reference),
+        "hd95_mm": hd95,
+        "assd_mm": assd,
+        "volume_ml": volume_ml(prediction, spacing),
+        "reference_volume_ml": volume_ml(reference, spacing),
+    }
+
+
+def paper_dice(probabilities, reference):
+    """Soft Dice of softmax (C, X, Y, Z) and labels (X, Y, Z), averaged over the slices, by region.
+
+    (2 sum py) / (sum p + sum y + 1e-6) for each of the Z slices: one without the region counts as about 0,
+    however right the prediction is. This is what we take the figures of the paper to be; it is not the Dice
+    of a case.
+    """
+    if probabilities.shape[1:] != reference.shape:
+        raise ValueError(f"probabilities {probabilities.shape} do not fit labels {reference.shape}")
+    scores = {}
+    for region, label in LABELS.items():
+        p, y = probabilities[label], reference == label
+        both = np.sum(p, axis=(0, 1), where=y, dtype=float)  # (Z,)
+        total = np.sum(p, axis=(0, 1), dtype=float) + np.count_nonzero(y, axis=(0, 1))
+        scores[region] = float(np.mean(2 * both / (total + 1e-6)))
+    return scores
+
+
+def largest_component(labels):
+    """Labels (X, Y, Z) in which each region keeps its largest connected component; the rest is 0.
+
+    Connected by faces, in 3-D, each region by itself; of two components of one size the first in scan order.
+    """
+    labels = np.asarray(labels)
+    kept = np.zeros_like(labels)
+    for label in LABELS.values():
+        components, count = ndimage.label(labels == label)
+        if count:
+            largest = 1 + np.argmax(np.bincount(components.ravel())[1:])  # 0 is what is outside the region
+            kept[components == largest] = label
+    return kept
+
+
+def ejection_fraction(edv, esv):
+    """Ejection fraction in percent from the volumes at ED and ES; NaN where EDV is 0 or NaN."""
+    return float(100 * (edv - esv) / edv) if edv else _NAN
+
+
+# ----------------------------------------------------------------------------------- over patients
+
+
+def bootstrap_interval(differences, confidence=0.95, resamples=10_000, seed=0):
+    """Percentile bootstrap interval (low, high) of the mean of `differences` (N,), one number a patient.
+
+    Patients are drawn with replacement, never slices or phases: those of one patient are not independent
+    (Efron & Tibshirani, 1993). (NaN, NaN) for fewer than two patients, from whom nothing about the spread
+    can be learnt.
+    """
+    differences = np.asarray(differences, float)
+    if len(differences) < 2:
+        return _NAN, _NAN
+    drawn = np.random.default_rng(seed).integers(len(differences), size=(resamples, len(differences)))
+    tail = 50 * (1 - confidence)
+    low, high = np.percentile(differences[drawn].mean(axis=1), [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def paired_comparison(first, second):
+    """Compare two models on the same patients; `first` and `second` map a patient to a mean score.
+
+    Returns mean_difference (second minus first), low and high (its 95 % bootstrap interval), p (two-sided
+    Wilcoxon signed-rank test; 1 if no patient differs) and n, the patients that have a number in both. NaN
+    where n is 0.
+    """
+    patients = sorted(first.keys() & second.keys())  # the bootstrap draws by position: a fixed order
+    differences = np.array([second[patient] - first[patient] for patient in patients], float)
+    differences = differences[~np.isnan(differences)]
+    n = len(differences)
+    low, high = bootstrap_interval(differences)
+    if not n:
+        p = _NAN
+    elif not differences.any():
+        p = 1.0  # scipy has no answer without ranks
+    else:
+        p = float(stats.wilcoxon(differences).pvalue)
+    mean = float(differences.mean()) if n else _NAN
+    return {"mean_difference": mean, "low": low, "high": high, "p": p, "n": n}
+
+
+def agreement(measured, reference):
+    """Agreement of two measurements (N,) of the same quantity; pairs with a NaN are left out.
+
+    Returns bias (mean of measured minus reference), loa_low and loa_high (Bland & Altman's limits of
+    agreement, Lancet 1986: bias -+ 1.96 SD of the differences, n - 1 degrees of freedom), r (Pearson), mae
+    (mean absolute error) and n; what so few or such constant numbers do not define is NaN.
+    """
+    measured, reference = np.asarray(measured, float), np.asarray(reference, float)
+    if measured.shape != reference.shape:
+        raise ValueError(f"{measured.shape} measurements for {reference.shape} references")
+    known = ~np.isnan(measured) & ~np.isnan(reference)
+    measured, reference = measured[known], reference[known]
+    difference, n = measured - reference, len(measured)
+    bias = float(difference.mean()) if n else _NAN
+    spread = 1.96 * float(difference.std(ddof=1)) if n > 1 else _NAN
+    varies = n > 1 and np.ptp(measured) > 0 and np.ptp(reference) > 0
+    return {
+        "bias": bias,
+        "loa_low": bias - spread,
+        "loa_high": bias + spread,
+        "r": float(np.corrcoef(measured, reference)[0, 1]) if varies else _NAN,
+        "mae": float(np.abs(difference).mean()) if n else _NAN,
+        "n": n,
+    }

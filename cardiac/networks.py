@@ -1,0 +1,128 @@
+"""The two networks: VoxelMorph's U-Net for registration at half resolution, and the paper's 2-D segmentation
+U-Net.
+
+Both take slices whose sides are multiples of 16, since both halve them four times.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cardiac import CLASSES
+from cardiac.warp import integrate, resize_displacement
+
+MULTIPLE = 16  # four halvings
+
+
+class RegistrationNetwork(nn.Module):
+    """Two slices to the stationary velocity between them, at half resolution.
+
+    Encoder, decoder and last convolutions of VoxelMorph (Balakrishnan et al., 2019): a 3x3 convolution and
+    LeakyReLU 0.2 a level, max-pool down, nearest up, concatenated skips. The decoder stops at half
+    resolution, where the last convolutions and the integration cost a quarter.
+    """
+
+    def __init__(self, encoder=(16, 32, 32, 32), decoder=(32, 32, 32, 32), last=(32, 16, 16)):
+        super().__init__()
+        self.encoder = nn.ModuleList()
+        channels = 2
+        for width in encoder:
+            self.encoder.append(_convolution(channels, width))
+            channels = width
+        self.decoder = nn.ModuleList()
+        for width, skip in zip(decoder, [*encoder[:0:-1], 0]):  # the finest skip stays unused: half resolution
+            self.decoder.append(_convolution(channels, width))
+            channels = width + skip
+        self.last = nn.Sequential()
+        for width in last:
+            self.last.append(_convolution(channels, width))
+            channels = width
+        self.velocity = nn.Conv2d(channels, 2, 3, padding=1)
+        nn.init.normal_(self.velocity.weight, std=1e-5)  # training starts from the identity
+        nn.init.zeros_(self.velocity.bias)
+
+    def forward(self, moving, fixed):
+        """moving, fixed: (B, 1, H, W). Returns the velocity (B, 2, H/2, W/2), float32, in half-resolution
+        pixels.
+        """
+        x = torch.cat([moving, fixed], dim=1)
+        skips = []
+        for level in self.encoder:
+            x = level(x)
+            skips.append(x)
+            x = F.max_pool2d(x, 2)
+        for level, skip in zip(self.decoder[:-1], skips[:0:-1]):
+            x = torch.cat([F.interpolate(level(x), scale_factor=2, mode="nearest"), skip], dim=1)
+        x = self.last(self.decoder[-1](x))
+        with torch.autocast(x.device.type, enabled=False):  # a velocity in bfloat16 would be too coarse to integrate
+            return F.conv2d(x.float(), self.velocity.weight.float(), self.velocity.bias.float(), padding=1)
+
+
+
+
+class SegmentationNetwork(nn.Module):
+    """The paper's 2-D U-Net (Ronneberger et al., 2015), after section 3.3.
+
+    `channels` at the first level, doubled over four max-poolings; two 3x3 convolutions with batch norm and
+    ReLU a level; transposed convolutions up; 1x1 convolution to background, LV, MYO and RV.
+    """
+
+    def __init__(self, channels=32):
+        super().__init__()
+        widths = [channels * 2**level for level in range(5)]
+        self.down = nn.ModuleList(
+            _double_convolution(before, after) for before, after in zip([1, *widths[:-1]], widths)
+        )
+        widths.reverse()
+        self.up = nn.ModuleList(
+            nn.ConvTranspose2d(below, width, 2, stride=2) for below, width in zip(widths, widths[1:])
+        )
+        self.merge = nn.ModuleList(_double_convolution(2 * width, width) for width in widths[1:])
+        self.classify = nn.Conv2d(channels, CLASSES, 1)
+
+    def forward(self, x):
+        """x: slices (B, 1, H, W). Returns logits (B, 4, H, W)."""
+        skips = []
+        for level in self.down[:-1]:
+            x = level(x)
+            skips.append(x)
+            x = F.max_pool2d(x, 2)
+        x = self.down[-1](x)
+        for up, merge, skip in zip(self.up, self.merge, reversed(skips)):
+            x = merge(torch.cat([skip, up(x)], dim=1))
+        return self.classify(x)
+
+
+def _convolution(before, after):
+    return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.LeakyReLU(0.2))
+
+
+def _double_convolution(before, after):
+    layers = []
+    for channels in (before, after):  # no bias: batch norm has its own
+        layers += [nn.Conv2d(channels, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+@torch.no_grad()
+def register(network, moving, fixed, batch_size=64):
+    """The displacements (B, 2, H, W), pixels, that carry `moving` onto `fixed`, both (B, 1, H, W), in
+    batches.
+    """
+    parts = []
+    for pair in zip(moving.split(batch_size), fixed.split(batch_size)):
+        with torch.autocast(moving.device.type, torch.bfloat16, enabled=moving.is_cuda):
+            velocity = network(*(image.contiguous(memory_format=torch.channels_last) for image in pair))
+        parts.append(resize_displacement(integrate(velocity), moving.shape[-2:]))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def segment(network, images, batch_size=64):
+    """Softmax probabilities (B, 4, H, W) of slices (B, 1, H, W), float32, in batches."""
+    parts = []
+    for part in images.split(batch_size):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+            logits = network(part.contiguous(memory_format=torch.channels_last))
+        parts.append(logits.float().softmax(1))
+    return torch.cat(parts)

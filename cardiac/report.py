@@ -1,0 +1,200 @@
+"""What a person looks at: curves, registration examples, the beating cine, tables."""
+
+import io
+
+import nibabel as nib
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from cardiac import LABELS, REGIONS
+from cardiac.cases import load_case, load_labels
+from cardiac.files import read_csv, replacing, write_bytes
+from cardiac.losses import IGNORED
+from cardiac.networks import register, segment
+from cardiac.warp import jacobian_determinant, warp
+
+# Okabe & Ito (2008): told apart by colour-blind readers, on dark images too
+COLOURS = {"LV": "#E69F00", "MYO": "#56B4E9", "RV": "#CC79A7"}
+
+
+def save_figure(figure, path):
+    """Write a figure as PNG, whole or not at all, without a time in it."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    write_bytes(path, buffer.getvalue())
+
+
+def show_slice(axes, image, labels=None, title=None, **options):
+    """Draw a slice (X, Y) as a viewer does, X to the right and Y down, with contours of its labels."""
+    axes.imshow(image.T, cmap=options.pop("cmap", "gray"), interpolation="nearest", **options)
+    if labels is not None:
+        draw_contours(axes, labels)
+    axes.set_axis_off()
+    if title:
+        axes.set_title(title, fontsize=8)
+
+
+def draw_contours(axes, labels, **options):
+    """Contours of LV, MYO and RV of labels (X, Y)."""
+    for region, label in LABELS.items():
+        mask = label == labels.T
+        if mask.any() and not mask.all():
+            axes.contour(mask, [0.5], colors=COLOURS[region], **{"linewidths": 1, **options})
+
+
+def draw_curves(folder):
+    """curves.png from log.csv: losses on the left, validation scores on the right."""
+    rows = read_csv(folder / "log.csv")
+    steps = [int(row["step"]) for row in rows]
+    figure = Figure((9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    skipped = ("epoch", "step", "lr", "score", "seconds", "samples_per_second", "waiting_percent", "memory_gb")
+    for name in rows[0]:
+        if name in skipped:
+            continue
+        values = [float(row[name] or "nan") for row in rows]
+        axes = right if "dice" in name else left
+        axes.plot(steps, values, ".-", label=name.replace("_", " "), linewidth=1, markersize=3)
+    left.set(xlabel="step", ylabel="loss", yscale="log")
+    right.set(xlabel="step", ylabel="validation Dice")
+    for axes in (left, right):
+        axes.legend(fontsize=7, frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, folder / "curves.png")
+
+
+def draw_registration(path, network, store, count=4):
+    """example.png: for middle slices of `count` cases, moving / fixed / warped / differences / grid /
+    Jacobian.
+    """
+    cases = [store.cases[k] for k in np.linspace(0, len(store.cases) - 1, min(count, len(store.cases))).astype(int)]
+    figure = Figure((14, 2.15 * len(cases)), layout="constrained")
+    grid = figure.subplots(len(cases), 7, squeeze=False)
+    for axes, case in zip(grid, cases):
+        z = case.slices // 2
+        moving, fixed = (store.images(torch.from_numpy(case.rows(frame)[z : z + 1])) for frame in (case.ed, case.es))
+        labels, target = (store.labels[case.label_rows(frame)[z]].cpu().numpy() for frame in (case.ed, case.es))
+        displacement = register(network, moving, fixed)
+        warped = warp(moving, displacement)[0, 0].cpu().numpy()
+        determinant = jacobian_determinant(displacement)[0].cpu().numpy()
+        moving, fixed = moving[0, 0].cpu().numpy(), fixed[0, 0].cpu().numpy()
+        grey, change = {"vmin": 0, "vmax": 1}, {"cmap": "RdBu_r", "vmin": -0.5, "vmax": 0.5}
+        show_slice(axes[0], moving, labels, f"{case.code}: moving (ED)", **grey)
+        show_slice(axes[1], fixed, target, "fixed (ES)", **grey)
+        show_slice(axes[2], warped, target, "warped, ES contours", **grey)
+        show_slice(axes[3], moving - fixed, None, "moving - fixed", **change)
+        show_slice(axes[4], warped - fixed, None, "warped - fixed", **change)
+        show_slice(axes[5], moving, None, "where warped is sampled", **grey)
+        _draw_grid(axes[5], displacement[0].cpu().numpy())
+        show_slice(axes[6], determinant, None, "det J (white: 1)", cmap="PuOr", vmin=0, vmax=2)
+    save_figure(figure, path)
+
+
+def draw_segmentation(path, network, store, count=4):
+    """example.png: middle slices of `count` validation cases at ED and ES, the expert's contours and the
+    network's.
+    """
+    cases = [store.cases[k] for k in np.linspace(0, len(store.cases) - 1, min(count, len(store.cases))).astype(int)]
+    figure = Figure((2.4 * 4, 2.6 * len(cases)), layout="constrained")
+    for axes, case in zip(figure.subplots(len(cases), 4, squeeze=False), cases):
+        z = case.slices // 2
+        for k, (phase, frame) in enumerate((("ED", case.ed), ("ES", case.es))):
+            image = store.images(torch.from_numpy(case.rows(frame)[z : z + 1]))
+            labels = store.labels[case.label_rows(frame)[z]].cpu().numpy()
+            prediction = segment(network, image).argmax(1)[0].cpu().numpy()
+            image = image[0, 0].cpu().numpy()
+            show_slice(axes[2 * k], image, labels, f"{case.code} {phase}: expert", vmin=0, vmax=1)
+            show_slice(axes[2 * k + 1], image, prediction, "network", vmin=0, vmax=1)
+    save_figure(figure, path)
+
+
+def draw_overlays(folder, cache, cases, rows):
+    """overlays_MODEL.png: the best, the median and the worst case of each model, expert above network."""
+    known = {case.code: case for case in cases}
+    for model in dict.fromkeys(row["model"] for row in rows):
+        scores = {code: [r["dice"] for r in rows if (r["model"], r["case"]) == (model, code)] for code in known}
+        ranked = sorted(known, key=lambda code: (-np.nanmean(scores[code]), code))
+        chosen = {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}
+        figure = Figure((2.1 * 6, 4.8 * len(chosen)), layout="constrained")
+        grid = figure.subplots(2 * len(chosen), 6, squeeze=False)
+        for k, (rank, code) in enumerate(chosen.items()):
+            case = known[code]
+            image, _, _ = load_case(case)
+            prediction = np.asarray(nib.load(folder / "predictions" / model / f"{code}_sa_pred.nii.gz").dataobj)
+            expert, high = load_labels(case), np.percentile(image, 99)
+            for j, (phase, z) in enumerate((p, z) for p in ("ED", "ES") for z in (0.2, 0.5, 0.8)):
+                frame, z = (case.ed if phase == "ED" else case.es), round(z * (case.slices - 1))
+                options = {"vmin": 0, "vmax": high, "aspect": case.spacing[1] / case.spacing[0]}
+                title = f"{code} ({rank}, {np.nanmean(scores[code]):.3f})\n{phase} slice {z}: expert"
+                show_slice(grid[2 * k, j], image[:, :, z, frame], expert[frame][:, :, z], title, **options)
+                show_slice(grid[2 * k + 1, j], image[:, :, z, frame], prediction[:, :, z, frame], model, **options)
+        save_figure(figure, folder / f"overlays_{model}.png")
+
+
+def _draw_grid(axes, displacement, every=5):
+    rows, columns = np.meshgrid(*(np.arange(n) for n in displacement.shape[1:]), indexing="ij")
+    rows, columns = rows + displacement[0], columns + displacement[1]
+    style = {"color": "#E69F00", "linewidth": 0.5}
+    axes.plot(rows[::every].T, columns[::every].T, **style)
+    axes.plot(rows[:, ::every], columns[:, ::every], **style)
+    axes.set(xlim=(-0.5, displacement.shape[1] - 0.5), ylim=(displacement.shape[2] - 0.5, -0.5))
+
+
+def draw_cine(path, cache, cases, propagated):
+    """cine.gif: three slices of one case through the propagated frames, from ED to ES, contours beating.
+
+    The case is the one of median confidence. Without propagated labels a single frame, ED, is drawn.
+    """
+    confidence = {case.code: [] for case in cases}
+    for (code, _, _), value in zip(propagated.where, propagated.confidence):
+        confidence[code].append(value)
+    ranked = sorted(cases, key=lambda case: (np.mean(confidence[case.code] or [0]), case.code))
+    case = ranked[len(ranked) // 2]
+    frames = _labelled_cine(cache, case, propagated)
+    shown = np.unique(np.linspace(0.25, 0.75, 3) * (case.slices - 1) + 0.5).astype(int)
+    pictures = []
+    for frame, (images, labels) in frames.items():
+        figure = Figure((2.4 * len(shown), 2.7), dpi=100, layout="constrained", facecolor="black")
+        for axes, z in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
+            show_slice(axes, images[z], labels[z], vmin=0, vmax=1)
+            axes.set_title(f"slice {z}", fontsize=8, color="white")
+        kind = {case.ed: "ED, expert", case.es: "ES, expert"}.get(frame, "propagated")
+        figure.suptitle(f"{case.code}  frame {frame}  ({kind})", fontsize=9, color="white")
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        pictures.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
+    with replacing(path) as temporary:
+        pictures[0].save(temporary, "GIF", save_all=True, append_images=pictures[1:], duration=120, loop=0)
+
+
+def _labelled_cine(cache, case, propagated):
+    """{frame: (images (Z, S, S), labels (Z, S, S))} of all frames with labels, in the order of time from ED.
+    """
+    labels = propagated.of(case)
+    size, z = cache.size, case.slices
+    expert = np.empty((2 * z, size, size), np.uint8)
+    cache.read("labels", [(case.first_label, case.first_label + 2 * z)], expert)
+    labels |= {case.ed: expert[:z], case.es: expert[z:]}
+    frames = {}
+    for frame in sorted(labels, key=lambda frame: (frame - case.ed) % case.frames):
+        images = np.empty((z, size, size), np.float16)
+        cache.read("images", [(case.rows(frame)[0], case.rows(frame)[-1] + 1)], images)
+        frames[frame] = (images.astype(np.float32), np.where(labels[frame] == IGNORED, 0, labels[frame]))
+    return frames
+
+
+def print_quality(rows):
+    """Print the registration's quality: a line a split and region, before and after."""
+    for split in dict.fromkeys(row["split"] for row in rows):
+        part = [row for row in rows if row["split"] == split]
+        print(f"ED -> ES on {split}, {len(part) // len(REGIONS)} cases, 3-D on their own grids:")
+        for name in (*REGIONS, "mean"):
+            chosen = [row for row in part if name in (row["region"], "mean")]
+            means = {key: np.nanmean([row[key] for row in chosen]) for key in chosen[0] if key[:4] in ("dice", "hd95")}
+            print(f"  {name:4}  Dice {means['dice_before']:.3f} -> {means['dice_after']:.3f}   "
+                  f"HD95 {means['hd95_mm_before']:5.1f} -> {means['hd95_mm_after']:5.1f} mm")  # fmt: skip
+        folding = np.mean([row["folding_percent"] for row in part])
+        print(f"  folding {folding:.4f} % of the pixels within 10 mm of the labels")

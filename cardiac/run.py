@@ -1,0 +1,133 @@
+"""How a script starts and ends: errors as one line, exit codes, signals, the device, the folder of a run."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import os
+import shutil
+import signal
+import sys
+
+import torch
+
+from cardiac.files import InputError, locked, read_json, write_json
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Like KeyboardInterrupt, no `except Exception` swallows it."""
+
+
+def script(main):
+    """Turn `main(argv)` into a script's entry: what the user must mend is one line on stderr, exit code 2.
+
+    Ctrl-C exits with 130 and SIGTERM with 143, as shells count; both unwind the stack, so that temporary
+    files go and the training loop saves.
+    """
+
+    @functools.wraps(main)
+    def entry(argv=None):
+        previous = None
+        with contextlib.suppress(ValueError):  # signals can be set in the main thread alone
+            previous = signal.signal(signal.SIGTERM, _terminate)
+        try:
+            main(argv)
+            return 0
+        except InputError as error:
+            return _fail(str(error), 2)
+        except torch.cuda.OutOfMemoryError:
+            return _fail("out of GPU memory: lower --batch-size, --size or --channels", 2)
+        except MemoryError:
+            return _fail("out of memory: lower --size, --batch-size or --workers", 2)
+        except OSError as error:
+            return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
+        except KeyboardInterrupt:
+            return _fail("interrupted; the same command goes on from here", 130)
+        except Terminated:
+            return _fail("terminated; the same command goes on from here", 143)
+        finally:
+            if previous is not None:
+                signal.signal(signal.SIGTERM, previous)
+
+    return entry
+
+
+def _terminate(number, frame):
+    raise Terminated
+
+
+@contextlib.contextmanager
+def deferred_signals():
+    """Hold back Ctrl-C and SIGTERM inside the block; give `leave_if_asked(save)`, to be called between steps.
+
+    It saves and leaves when one has arrived. A second Ctrl-C leaves at once, without saving.
+    """
+    arrived = []
+    ways_out = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+
+    def note(number, frame):
+        if arrived:
+            raise ways_out[number]
+        arrived.append(number)
+
+    def leave_if_asked(save):
+        if arrived:
+            save()
+            raise ways_out[arrived[0]]
+
+    previous = {}
+    with contextlib.suppress(ValueError):  # signals can be set in the main thread alone
+        previous = {number: signal.signal(number, note) for number in ways_out}
+    try:
+        yield leave_if_asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _fail(message, code):
+    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    return code
+
+
+def choose_device(name):
+    """The torch device for `--device auto|cpu|cuda`."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this machine has no CUDA device that torch can use; try --device auto")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def describe(device):
+    """One line about a device: the card's name, or the CPU threads."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+@contextlib.contextmanager
+def run_folder(settings, name, cases, clear=()):
+    """The folder OUT/name, held by this process alone for the block, with the settings in its config.json.
+
+    cases: of the dataset; a folder that holds a run on other cases is refused. With --overwrite the folder is
+    emptied first. clear: names in the folder that this run is to redo.
+    """
+    folder = settings.out / name
+    busy = f"{folder}: another process is writing there; wait for it or choose another --out"
+    with locked(settings.out / f".{name.replace('/', '-')}.lock", busy):
+        if settings.overwrite and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = folder / "config.json"
+        dataset = dataset_identity(cases)
+        if config.exists() and read_json(config).get("dataset") != dataset:
+            raise InputError(f"{folder}: holds a run on another dataset; choose another --out or use --overwrite")
+        write_json(config, {"settings": dataclasses.asdict(settings), "dataset": dataset})
+        yield folder
+
+
+def dataset_identity(cases):
+    """What tells one dataset from another: a digest of the splits and codes of its cases."""
+    names = "\n".join(sorted(f"{case.split}/{case.code}" for case in cases))
+    return hashlib.sha256(names.encode()).hexdigest()[:16]

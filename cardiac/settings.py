@@ -1,0 +1,178 @@
+"""Every setting of the four scripts: one field each, with its unit; the command lines are made from them."""
+
+import argparse
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from cardiac.files import InputError, read_json
+
+
+def setting(default, help, **options):
+    """A dataclass field that carries the help text and argparse options of its command-line flag."""
+    return field(default=default, metadata={"help": help, **options})
+
+
+@dataclass
+class Settings:
+    """What all four scripts take."""
+
+    STRONG: ClassVar = {}  # the defaults that --recipe strong changes
+
+    data: Path = setting(None, "dataset in the layout of M&Ms or ACDC", required=True)
+    out: Path = setting(Path("runs"), "folder of this run")
+    cache: Path = setting(None, "folder of slice caches (default: folder `cache` beside OUT)")
+    device: str = setting("auto", "where to compute; auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
+    size: int = setting(192, "side of the square slices, pixels (a multiple of 16)")
+    spacing: float = setting(1.25, "in-plane spacing of the slices, mm")
+    seed: int = setting(0, "what step n of a run draws depends on (seed, n) alone")
+    recipe: str = setting("paper", "defaults for the settings below", choices=("paper", "strong"))
+    workers: int = setting(0, "processes that read, unpack and score scans (0: one a core)")
+    skip_bad: bool = setting(False, "go on without cases that cannot be read")
+    overwrite: bool = setting(False, "start anew: what this script wrote in OUT before is removed")
+
+    def check(self):
+        """Raise InputError for a value that cannot work, before any work is done."""
+        for name in ("size", "spacing", "batch_size", "lr", "epochs", "max_steps", "steps_per_epoch", "channels"):
+            value = getattr(self, name, None)
+            if value is not None and not 0 < value < float("inf"):
+                raise InputError(f"--{name.replace('_', '-')} {value}: must be a positive number")
+        if self.size % 16:
+            down = max(16, self.size // 16 * 16)
+            raise InputError(
+                f"--size {self.size}: the networks halve four times; take a multiple of 16, {down} or {down + 16}"
+            )
+        if self.seed < 0 or self.workers < 0:
+            raise InputError("--seed and --workers: must not be negative")
+
+
+@dataclass
+class TrainingSettings(Settings):
+    """What the training loop takes."""
+
+    epochs: int = setting(100, "epochs; one is `steps_per_epoch` steps, however many labels there are")
+    steps_per_epoch: int = setting(200, "optimiser steps between two validations")
+    max_steps: int = setting(None, "stop each network after so many steps in all; overrides --epochs")
+    batch_size: int = setting(16, "slices (segmentation) or pairs of slices (registration) a step")
+    lr: float = setting(1e-3, "learning rate of Adam")
+    patience: int = setting(10, "epochs without a lower validation loss before the learning rate is cut to a tenth")
+
+    @property
+    def total_steps(self):
+        """Optimiser steps of a finished run."""
+        return self.max_steps or self.epochs * self.steps_per_epoch
+
+
+@dataclass
+class RegistrationSettings(TrainingSettings):
+    """`train_registration.py`."""
+
+    similarity: str = setting("mse", "image term of the loss", choices=("mse", "ncc"))
+    smoothness: float = setting(0.01, "weight of the velocity's diffusion (1.0 goes with ncc)")
+    dice_weight: float = setting(0.05, "weight of the labels' overlap where both slices have expert labels")
+    labelled_share: float = setting(0.5, "share of pairs drawn as ED and ES where both have expert labels")
+
+
+@dataclass
+class PropagationSettings(Settings):
+    """`propagate_labels.py`."""
+
+    frames: str = setting(
+        "systole", "systole: the frames between ED and ES; all: diastole too", choices=("systole", "all")
+    )
+    nifti: bool = setting(False, "write the labels as NIfTI on each case's own grid too")
+
+
+@dataclass
+class SegmentationSettings(TrainingSettings):
+    """`train_segmentation.py`."""
+
+    labels: str = setting("both", "labels to train on", choices=("original", "propagated", "both"))
+    channels: int = setting(32, "channels of the U-Net's first level")
+
+
+@dataclass
+class EvaluationSettings(Settings):
+    """`evaluate.py`."""
+
+    channels: int = setting(32, "channels of the U-Net's first level")
+    split: str = setting("Testing", "cases to score", choices=("Testing", "Validation", "Training"))
+    all_frames: bool = setting(False, "predict every frame, not ED and ES alone")
+
+
+SHARED = ("size", "spacing", "seed", "recipe", "channels", "skip_bad")  # what later scripts take from earlier ones
+HERE = ("data", "out", "cache", "device", "workers", "overwrite", "labels")  # a matter of this call, never taken
+BUDGET = ("epochs", "max_steps", "nifti")  # taken, but a typed one may differ: the run goes on
+
+
+def parse(kind, argv, description, own=(), earlier=()):
+    """Settings of class `kind` from the command line and from what OUT holds.
+
+    own: this script's folders below OUT. A run in them is gone on with: words that are not typed are its
+    words, and a typed one that contradicts it is an InputError (unless --overwrite). earlier: folders of the
+    scripts before it, which give size, spacing, seed, recipe and channels in the same way.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for item in dataclasses.fields(kind):
+        options = dict(item.metadata)
+        text = options.pop("help").replace("%", "%%")
+        flag = "--" + item.name.replace("_", "-")
+        if item.type is bool:
+            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+            continue
+        if item.default is not None:
+            strong = f"; strong: {kind.STRONG[item.name]}" if item.name in kind.STRONG else ""
+            text += f" (default: {item.default}{strong})"
+        if "choices" not in options:
+            options["metavar"] = item.type.__name__.upper()
+        parser.add_argument(flag, type=item.type, default=argparse.SUPPRESS, help=text, **options)
+    typed = vars(parser.parse_args(argv))
+    settings = kind(**typed)
+
+    known = set(typed)
+    own = [settings.out / folder / "config.json" for folder in own if not settings.overwrite]
+    for config in own:
+        if config.exists():
+            stored = _stored(config)
+            if "epochs" in typed:  # not to be overridden by a --max-steps of then
+                stored.pop("max_steps", None)
+            known |= _merge(settings, typed, stored, config)
+    for config in [settings.out / folder / "config.json" for folder in earlier]:
+        if config.exists():
+            stored = {name: value for name, value in _stored(config).items() if name in SHARED}
+            known |= _merge(settings, typed, stored, config)
+    if settings.recipe == "strong":
+        for name, value in kind.STRONG.items():
+            if name not in known:
+                setattr(settings, name, value)
+
+    if settings.cache is None:
+        settings.cache = settings.out.absolute().parent / "cache"
+    settings.check()
+    return settings
+
+
+def _stored(config):
+    stored = read_json(config)
+    if not isinstance(stored, dict) or not isinstance(stored.get("settings"), dict):
+        raise InputError(f"{config}: not the settings of a run; remove it or start with --overwrite")
+    return stored["settings"]
+
+
+def _merge(settings, typed, stored, config):
+    """Take what was not typed from the `stored` settings of a run; a typed word must not contradict them.
+
+    Returns the names that the run knows.
+    """
+    names = {item.name for item in dataclasses.fields(settings)} & set(stored) - set(HERE)
+    for name in names:
+        if name not in typed:
+            setattr(settings, name, stored[name])
+        elif name not in BUDGET and getattr(settings, name) != stored[name]:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(
+                f"{flag} {getattr(settings, name)} contradicts {flag} {stored[name]} of the run in {config.parent}; "
+                "leave it away, choose another --out, or start anew with --overwrite"
+            )
+    return names

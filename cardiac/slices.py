@@ -1,0 +1,171 @@
+"""The cache as tensors where they are needed, and the batches that both networks draw from it.
+
+Everything a step draws comes from a generator seeded by (seed, step) alone: a resumed run draws what an
+uninterrupted one would have, without a random state in the checkpoint.
+"""
+
+import dataclasses
+import os
+
+import h5py
+import numpy as np
+import torch
+
+from cardiac.losses import IGNORED
+
+
+def step_generator(seed, step):
+    """A CPU generator whose draws depend on (seed, step) alone, and are the same on every device."""
+    state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+class SliceStore:
+    """Slices of some cases of a cache: on the device when they fit, else in host memory, else in the file.
+
+    cases: the cases, with their rows counted in this store. labels: (M + 1, S, S) uint8 on the device; its
+    last row is IGNORED throughout, so that row -1 stands for "no expert label". what: printed with the size
+    and place.
+    """
+
+    def __init__(self, cache, cases, device, what=None):
+        self.cache, self.device = cache, device
+        ranges = [(case.first, case.first + case.slices * case.frames) for case in cases]
+        label_ranges = [(c.first_label, c.first_label + 2 * c.slices) for c in cases if c.labelled]
+        rows = sum(stop - start for start, stop in ranges)
+        shape = (rows, cache.size, cache.size)
+        place = _place(rows * cache.size**2 * 2, device)
+        if place == "file":
+            self._rows = torch.cat([torch.arange(*each) for each in ranges])
+            self._file = None
+        else:
+            images = np.empty(shape, np.float16)
+            cache.read("images", ranges, images)
+            self._images = torch.from_numpy(images).to(device if place == "device" else "cpu")
+        self.place = place
+        labels = np.full((sum(b - a for a, b in label_ranges) + 1, *shape[1:]), IGNORED, np.uint8)
+        cache.read("labels", label_ranges, labels)
+        self.labels = torch.from_numpy(labels).to(device)
+        self.cases = _rebase(cases)
+        if what:
+            where = {"device": f"on the device ({device.type})", "host": "in host memory", "file": "in the file"}
+            size = rows * cache.size**2 * 2 / 1e9
+            print(f"{what}: {len(cases)} cases, {rows} slices, {size:.2f} GB {where[place]}", flush=True)
+
+    def images(self, rows):
+        """Slices of these rows, (B,) on the CPU: (B, 1, S, S) float32 on the device."""
+        if self.place == "file":
+            return self._from_file(rows).to(self.device, non_blocking=True)[:, None].float()
+        if self.place == "device":
+            rows = rows.to(self.device, non_blocking=True)
+        return self._images[rows].to(self.device, non_blocking=True)[:, None].float()
+
+    def _from_file(self, rows):
+        if self._file is None:  # opened by the process that reads, never handed to another
+            self._file = h5py.File(self.cache.path)["images"]
+        unique, inverse = torch.unique(self._rows[rows], return_inverse=True)
+        return torch.from_numpy(self._file[unique.numpy()])[inverse]
+
+
+def _rebase(cases):
+    """The cases with rows counted from 0 in the order given."""
+    rebased, first, first_label = [], 0, 0
+    for case in cases:
+        label = first_label if case.labelled else None
+        rebased.append(dataclasses.replace(case, first=first, first_label=label))
+        first += case.slices * case.frames
+        first_label += 2 * case.slices if case.labelled else 0
+    return rebased
+
+
+def _place(size, device):
+    """Where `size` bytes of slices go, leaving room for the network: "device", "host" or "file"."""
+    if device.type == "cuda" and size < 0.6 * torch.cuda.mem_get_info(device)[0]:
+        return "device"
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size < 0.6 * available:
+        return "device" if device.type == "cpu" else "host"
+    return "file"
+
+
+@dataclasses.dataclass
+class PairBatch:
+    """Slices (B, 1, S, S) to register, their labels (B, S, S) (IGNORED where there are none), and which have
+    both.
+    """
+
+    moving: torch.Tensor
+    fixed: torch.Tensor
+    moving_labels: torch.Tensor
+    fixed_labels: torch.Tensor
+    labelled: torch.Tensor  # (B,) bool: expert labels on both
+
+
+class Pairs:
+    """Pairs of frames of one slice: ED with any other frame, either way round.
+
+    Where ED and ES both have expert labels, `labelled_share` of the pairs are these two. Cases without any
+    label take part with two frames at random.
+    """
+
+    def __init__(self, store, labelled_share):
+        self.store, self.labelled_share = store, labelled_share
+        columns = []
+        for case in store.cases:
+            for z in range(case.slices):
+                labels = (case.first_label + z, case.first_label + case.slices + z) if case.labelled else (-1, -1)
+                frames = (case.ed, case.es) if case.labelled else (-1, -1)
+                columns.append((case.first + z, case.slices, case.frames, *frames, *labels))
+        self.table = torch.tensor(columns).T
+
+    def draw(self, batch_size, seed, step):
+        """The pairs of one step: a `PairBatch`."""
+        generator = step_generator(seed, step)
+        which = torch.randint(self.table.shape[1], (batch_size,), generator=generator)
+        chance = torch.rand(4, batch_size, generator=generator)
+        first, stride, frames, ed, es, ed_label, es_label = self.table[:, which]
+        labelled = ed_label >= 0
+        anchor = torch.where(labelled, ed, (chance[0] * frames).long())
+        other = (anchor + 1 + (chance[1] * (frames - 1)).long()) % frames
+        other = torch.where(labelled & (chance[2] < self.labelled_share), es, other)
+        rows = torch.stack([first + anchor * stride, first + other * stride])
+        other_label = torch.where(labelled & (other == es), es_label, -1)
+        labels = torch.stack([ed_label, other_label])
+        swap = chance[3] < 0.5
+        rows, labels = torch.where(swap, rows.flip(0), rows), torch.where(swap, labels.flip(0), labels)
+        device = self.store.device
+        images = self.store.images(rows.flatten())
+        label_maps = self.store.labels[labels.flatten().to(device, non_blocking=True)]
+        both = (labels >= 0).all(0).to(device, non_blocking=True)
+        return PairBatch(*images.chunk(2), *label_maps.chunk(2), both)
+
+
+class LabelledSlices:
+    """Slices with labels, expert or propagated, drawn evenly.
+
+    rows: (N,) of the store's images; labels: (N, S, S) uint8 on the device.
+    """
+
+    def __init__(self, store, propagated=None):
+        rows, label_rows = [], []
+        for case in store.cases:
+            for frame in (case.ed, case.es) if case.labelled else ():
+                rows.append(case.rows(frame))
+                label_rows.append(case.label_rows(frame))
+        self.store = store
+        self.rows = torch.from_numpy(np.concatenate(rows))
+        self.labels = store.labels[torch.from_numpy(np.concatenate(label_rows)).to(store.device)]
+        self.expert = len(self.rows)
+        if propagated is not None:
+            cases = {case.code: case for case in store.cases}
+            rows = [cases[code].rows(frame)[z] for code, frame, z in propagated.where]
+            self.rows = torch.cat([self.rows, torch.tensor(rows, dtype=torch.long)])
+            self.labels = torch.cat([self.labels, torch.from_numpy(propagated.labels).to(store.device)])
+
+    def __len__(self):
+        return len(self.rows)
+
+    def draw(self, batch_size, seed, step):
+        """The slices of one step: images (B, 1, S, S) and labels (B, S, S)."""
+        which = torch.randint(len(self), (batch_size,), generator=step_generator(seed, step))
+        return self.store.images(self.rows[which]), self.labels[which.to(self.store.device, non_blocking=True)]

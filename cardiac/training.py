@@ -1,0 +1,267 @@
+"""The one training loop that both networks share.
+
+A task brings a network, what a step draws, the losses and a validation; the loop brings Adam, the plateau
+schedule, mixed precision, checkpoints, resume, the log and the way out when it is interrupted.
+"""
+
+import contextlib
+import dataclasses
+import math
+import resource
+import time
+from typing import Protocol
+
+import torch
+from tqdm import tqdm
+
+from cardiac.files import InputError, replacing, write_csv
+from cardiac.run import deferred_signals
+
+READ_EVERY = 20  # steps between two looks at the losses: each look waits for the device
+SAVE_EVERY = 60  # seconds of work that a kill may cost at most
+
+
+class Task(Protocol):
+    """What the loop trains."""
+
+    network: torch.nn.Module
+
+    def draw(self, step):
+        """What step `step` (from 0) is trained on; depends on (seed, step) alone."""
+
+    def losses(self, batch):
+        """A dict of scalar tensors. "loss" is minimised, the others are logged."""
+
+    def validate(self):
+        """A dict of numbers: "val_loss" drives the plateau schedule, "score" (larger is better) picks
+        best.pt.
+        """
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands: what a checkpoint holds beside weights, optimiser and schedule."""
+
+    step: int = 0
+    best: float = -math.inf  # score of best.pt
+    seconds: float = 0.0  # of all sittings
+    sums: dict = dataclasses.field(default_factory=dict)  # of losses, over the steps of the running epoch
+    rows: list = dataclasses.field(default_factory=list)  # of log.csv
+
+
+def fit(task, settings, folder, device, outcome="curves.png"):
+    """Train `task.network` for `settings.total_steps` steps, on from `folder`/last.pt where there is one.
+
+    Writes last.pt, best.pt and log.csv there. On the CPU a resumed run equals an uninterrupted one bit for
+    bit. outcome: the file that the script writes last; it is removed when training goes on. Returns whether
+    it is still to be made. Raises InputError when the loss is no longer finite; last.pt is from before that.
+    """
+    network = task.network.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(network.parameters(), lr=settings.lr)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=settings.patience)
+    progress = Progress()
+    if (folder / "last.pt").exists():
+        progress = _resume(folder / "last.pt", network, optimizer, schedule, device)
+    total = settings.total_steps
+    if progress.step >= total:
+        print(f"{folder}: finished at step {progress.step}; a larger --max-steps or --epochs goes on", flush=True)
+        return not (folder / outcome).exists()
+    (folder / outcome).unlink(missing_ok=True)
+    # the last epoch of a run that --max-steps cut short goes on as if it had not been
+    progress.rows = [row for row in progress.rows if row["step"] % settings.steps_per_epoch == 0]
+
+    def save(name="last.pt"):
+        meter.read()
+        state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"schedule": schedule.state_dict(), "progress": dataclasses.asdict(progress)}
+        write_checkpoint(folder / name, state)
+
+    meter = Meter(progress, total, settings.batch_size, device)
+    with deferred_signals() as leave_if_asked, meter.bar:
+        while progress.step < total:
+            network.train()
+            with meter.waiting():
+                batch = task.draw(progress.step)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                losses = task.losses(batch)
+            optimizer.zero_grad()
+            losses["loss"].backward()
+            optimizer.step()
+            progress.step += 1
+            meter.add(losses)
+
+            epoch_ends = progress.step % settings.steps_per_epoch == 0
+            if epoch_ends or progress.step == total:
+                means = meter.read()
+                network.eval()
+                with torch.no_grad():
+                    scores = task.validate()
+                learning_rate = optimizer.param_groups[0]["lr"]
+                progress.rows.append(
+                    {
+                        "epoch": math.ceil(progress.step / settings.steps_per_epoch),
+                        "step": progress.step,
+                        "lr": learning_rate,
+                        **means,
+                        **scores,
+                        **meter.timing(),
+                    }
+                )
+                if epoch_ends:
+                    schedule.step(scores["val_loss"])
+                    meter.restart()
+                if scores["score"] > progress.best:
+                    progress.best = scores["score"]
+                    save("best.pt")
+                write_csv(folder / "log.csv", list(progress.rows[-1]), progress.rows)
+                meter.show(scores)
+                save()
+            elif meter.seconds_since_save() > SAVE_EVERY:
+                save()
+            leave_if_asked(save)
+    return True
+
+
+class Meter:
+    """Sums of the losses on the device, the clock, the progress bar, and the watch for a loss that is not
+    finite.
+    """
+
+    def __init__(self, progress, total, batch_size, device):
+        self.progress, self.batch_size, self.device = progress, batch_size, device
+        self.bar = tqdm(total=total, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=1)
+        self.sums = {name: torch.tensor(value, device=device) for name, value in progress.sums.items()}
+        self.first_bad = torch.tensor(math.inf, device=device)
+        self.scores = {}
+        self.begun = self.clock = self.epoch_clock = time.perf_counter()
+        self.first_step = self.epoch_step = progress.step
+        self.waited = 0.0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Time a block as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    def add(self, losses):
+        """Count the losses of a step on the device; look at them every READ_EVERY steps."""
+        step = torch.tensor(float(self.progress.step), device=self.device)
+        self.first_bad = torch.where(losses["loss"].isfinite(), self.first_bad, self.first_bad.minimum(step))
+        for name, value in {**losses, "steps": torch.ones_like(step)}.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().double()
+        self.bar.update()
+        done = self.progress.step - self.first_step
+        if done % READ_EVERY == 0:
+            self.read()
+            self.show({})
+        if done == READ_EVERY:
+            self._estimate(done)
+
+    def read(self):
+        """Bring the sums to `progress`; returns the means over the running epoch. Waits for the device."""
+        if math.isfinite(self.first_bad.item()):
+            raise InputError(
+                f"the loss is not finite from step {int(self.first_bad.item())} on; last.pt is from before it; "
+                "a lower --lr may help (with --overwrite)"
+            )
+        now = time.perf_counter()
+        self.progress.seconds += now - self.clock
+        self.clock = now
+        self.progress.sums = sums = {name: value.item() for name, value in self.sums.items()}
+        return {name: value / sums["steps"] for name, value in sums.items() if name != "steps"}
+
+    def restart(self):
+        """Begin the sums of the next epoch."""
+        self.sums, self.progress.sums = {}, {}
+
+    def timing(self):
+        """The timing columns of log.csv, since the last call: the only columns that differ between equal
+        runs.
+        """
+        now = time.perf_counter()
+        seconds, steps = now - self.epoch_clock, self.progress.step - self.epoch_step
+        row = {
+            "seconds": self.progress.seconds,
+            "samples_per_second": steps * self.batch_size / seconds,
+            "waiting_percent": 100 * self.waited / seconds,
+            "memory_gb": peak_memory(self.device) / 1e9,
+        }
+        self.epoch_clock, self.epoch_step, self.waited = now, self.progress.step, 0.0
+        return row
+
+    def show(self, scores):
+        """Losses of the running epoch and scores of the last validation, on the progress bar."""
+        self.scores = scores or self.scores
+        steps = max(1, self.progress.sums.get("steps", 0))
+        shown = {name: f"{value / steps:.3f}" for name, value in self.progress.sums.items() if name != "steps"}
+        shown |= {name: f"{value:.3f}" for name, value in self.scores.items()}
+        self.bar.set_postfix(shown)
+
+    def seconds_since_save(self):
+        """Seconds of work that a kill would cost now."""
+        return time.perf_counter() - self.clock
+
+    def _estimate(self, done):
+        seconds = (time.perf_counter() - self.begun) / done
+        left = seconds * (self.bar.total - self.progress.step)
+        self.bar.write(
+            f"about {left / 60:.1f} minutes for {self.bar.total - self.progress.step} more steps, "
+            f"{self.batch_size / seconds:.0f} samples/s, peak memory {peak_memory(self.device) / 1e9:.1f} GB"
+        )
+
+
+def peak_memory(device):
+    """Bytes at the peak: of the CUDA allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def write_checkpoint(path, state):
+    """Write a checkpoint of plain tensors and Python values, whole or not at all."""
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def read_checkpoint(path, device):
+    """Read a checkpoint of `write_checkpoint`. It may come from a stranger: nothing in it is executed.
+
+    Raises InputError where there is none or it is not one.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: there is no such checkpoint; run the training script before")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # a broken or hostile file can raise anything; none of it is worth a traceback
+        reason = str(error).splitlines()[0][:100]
+        raise InputError(f"{path}: not a checkpoint of this program ({reason}); remove it or --overwrite") from error
+    if not isinstance(state, dict) or "network" not in state or "progress" not in state:
+        raise InputError(f"{path}: not a checkpoint of this program; remove it or start with --overwrite")
+    return state
+
+
+def load_network(network, path, device):
+    """Load the weights of a checkpoint into `network`, ready for inference; returns the `Progress` it was at.
+    """
+    state = read_checkpoint(path, device)
+    _load_weights(network, state, path)
+    network.to(device, memory_format=torch.channels_last).eval()
+    return Progress(**state["progress"])
+
+
+def _load_weights(network, state, path):
+    try:
+        network.load_state_dict(state["network"])
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: weights of another architecture (another --channels?); use --overwrite") from error
+
+
+def _resume(path, network, optimizer, schedule, device):
+    state = read_checkpoint(path, device)
+    _load_weights(network, state, path)
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    progress = Progress(**state["progress"])
+    print(f"{path}: going on from step {progress.step}", flush=True)
+    return progress

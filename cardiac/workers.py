@@ -1,0 +1,46 @@
+"""Work spread over processes, in bounded memory, by workers that end with their parent."""
+
+import contextlib
+import multiprocessing
+import os
+import threading
+from concurrent.futures import ProcessPoolExecutor
+
+
+@contextlib.contextmanager
+def worker_pool(workers, jobs):
+    """Give `run(function, argument_tuples)`, which yields the results in order, from several processes.
+
+    workers: 0 for one a core. No more processes than jobs; with one, the work is done here. A worker ends
+    when its parent is killed, and at most two jobs a worker wait, so that memory stays flat however many
+    cases there are.
+    """
+    count = min(workers or os.cpu_count() or 1, jobs)
+    if count <= 1:
+        yield lambda function, arguments: (function(*each) for each in arguments)
+        return
+    context = multiprocessing.get_context("forkserver")  # a fork of a process that holds CUDA or threads may hang
+    with ProcessPoolExecutor(count, context, _end_with_parent) as pool:
+
+        def run(function, arguments):
+            waiting = []
+            for each in arguments:
+                waiting.append(pool.submit(function, *each))
+                if len(waiting) >= 2 * count:
+                    yield waiting.pop(0).result()
+            for future in waiting:
+                yield future.result()
+
+        try:
+            yield run
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _end_with_parent():
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -1,0 +1,101 @@
+"""Step 3: train the paper's 2-D U-Net on the expert labels alone (`original`) and with the propagated ones.
+
+Both take the same number of steps, so that what differs is the labels. The best checkpoint and the schedule
+look at Validation cases of vendors with training labels alone: the others stay unseen.
+"""
+
+import torch
+
+from cardiac import LABELS, losses, networks, report
+from cardiac.cache import open_cache
+from cardiac.files import InputError
+from cardiac.metrics import dice
+from cardiac.propagation import Propagated
+from cardiac.run import choose_device, describe, run_folder, script
+from cardiac.settings import SegmentationSettings, parse
+from cardiac.slices import LabelledSlices, SliceStore
+from cardiac.training import fit, load_network
+
+
+class Segmentation:
+    """The task of the training loop: labelled slices, cross-entropy, Dice by case."""
+
+    def __init__(self, settings, slices, validation):
+        self.settings, self.slices, self.validation = settings, slices, validation
+        self.seen = {case.vendor for case in slices.store.cases if case.labelled}
+        torch.manual_seed(settings.seed)
+        self.network = networks.SegmentationNetwork(settings.channels)
+
+    def draw(self, step):
+        """The slices and labels of step `step`."""
+        return self.slices.draw(self.settings.batch_size, self.settings.seed, step)
+
+    def losses(self, batch):
+        """Cross-entropy over labelled pixels."""
+        images, labels = batch
+        return {"loss": losses.cross_entropy(self.network(images), labels)}
+
+    def validate(self):
+        """Loss and Dice of LV, MYO and RV, by case and phase, for seen vendors; Dice of the others beside it.
+        """
+        store, entropy, seen, unseen = self.validation, [], [], []
+        for case in store.cases:
+            for frame in (case.ed, case.es):
+                labels = store.labels[torch.from_numpy(case.label_rows(frame)).to(store.device)]
+                probabilities = networks.segment(self.network, store.images(torch.from_numpy(case.rows(frame))))
+                prediction, target = probabilities.argmax(1).cpu().numpy(), labels.cpu().numpy()
+                scores = [dice(prediction == label, target == label) for label in LABELS.values()]
+                (seen if case.vendor in self.seen else unseen).append(scores)
+                if case.vendor in self.seen:
+                    entropy.append(losses.cross_entropy(probabilities.clamp(min=1e-7).log(), labels))
+        by_region = torch.tensor(seen).nanmean(0)
+        row = {"val_loss": torch.stack(entropy).mean().item()}
+        row |= {f"val_dice_{region}": value.item() for region, value in zip(LABELS, by_region)}
+        if unseen:
+            row["unseen_dice"] = torch.tensor(unseen).nanmean().item()
+        return {**row, "score": by_region.mean().item()}
+
+
+def read_propagated(settings):
+    """The propagated labels, or None where `original` alone can be trained, which is then said."""
+    if settings.labels == "original":
+        return None
+    propagated = Propagated.read(settings.out / "propagation" / "labels.h5")
+    if len(propagated.labels):
+        return propagated
+    reason = "nothing was propagated: no frame lies between ED and ES"
+    if settings.labels == "propagated":
+        raise InputError(f"{settings.out / 'propagation'}: {reason}; use --labels original")
+    print(f"{reason}; training `original` alone")
+    return None
+
+
+@script
+def main(argv):
+    folders = {"original": "segmentation/original", "propagated": "segmentation/propagated"}
+    settings = parse(SegmentationSettings, argv, __doc__, own=folders.values(), earlier=("registration",))
+    device = choose_device(settings.device)
+    propagated = read_propagated(settings)
+    if settings.labels != "both":
+        folders = {settings.labels: folders[settings.labels]}
+    elif propagated is None:
+        folders.pop("propagated")
+    cache = open_cache(settings)
+    training, validation, unseen = cache.training_and_validation(settings.seed)
+    training = [case for case in training if case.labelled]
+    store = SliceStore(cache, training, device, "training")
+    validation = SliceStore(cache, validation + unseen, device, "validation")
+    for name, place in folders.items():
+        with run_folder(settings, place, cache.cases) as folder:
+            slices = LabelledSlices(store, propagated if name == "propagated" else None)
+            print(f"{name}: {slices.expert} expert slices + {len(slices) - slices.expert} propagated, "
+                  f"{settings.total_steps} steps of {settings.batch_size} on {describe(device)}", flush=True)  # fmt: skip
+            task = Segmentation(settings, slices, validation)
+            if fit(task, settings, folder, device, outcome="example.png"):
+                load_network(task.network, folder / "best.pt", device)
+                report.draw_curves(folder)
+                report.draw_segmentation(folder / "example.png", task.network, validation)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
