@@ -1,15 +1,19 @@
-"""Step 4: score the trained models on scans they have not seen, by region and vendor: the paper's Table 1."""
+"""Step 4: score the trained models on scans they have not seen, by region and vendor: the paper's Table 1.
+
+With --predict, segment scans without labels instead: masks, volumes of every frame, ejection fraction.
+"""
+
+import re
 
 from tqdm import tqdm
 
-from cardiac import evaluation, networks, report
+from cardiac import evaluation, networks, page, predict, report
 from cardiac.cache import open_cache
+from cardiac.evaluation import MODELS
 from cardiac.files import InputError, read_json, write_csv, write_json, write_text
-from cardiac.run import choose_device, describe, run_folder, script
+from cardiac.run import choose_device, dataset_identity, describe, run_folder, script
 from cardiac.settings import EvaluationSettings, parse
 from cardiac.training import Progress, load_network, read_checkpoint
-
-MODELS = ("original", "propagated")
 
 
 @script
@@ -17,6 +21,12 @@ def main(argv):
     folders = [f"segmentation/{model}" for model in MODELS]
     settings = parse(EvaluationSettings, argv, __doc__, earlier=folders)
     device = choose_device(settings.device)
+    if settings.predict:
+        scans = predict.find_scans(settings.predict)
+        models = finished_models(settings, device)
+        model = list(models)[-1]  # propagated, where there is one
+        predict.predict_scans(scans, model, *models[model], settings, device)
+        return
     models = finished_models(settings, device)
     cache = open_cache(settings)
     cases = [case for case in cache.split(settings.split) if case.labelled]
@@ -24,38 +34,79 @@ def main(argv):
         there = dict.fromkeys(case.split for case in cache.cases if case.labelled)
         print(f"no labelled case in {settings.split}: nothing to score; --split can be {' or '.join(there)}")
         return
-    with run_folder(settings, "evaluation", cache.cases) as folder:
-        steps = {model: progress.step for model, (_, progress) in models.items()}
+    unknown = set(settings.view) - {case.code for case in cases}
+    if unknown:
+        raise InputError(f"--view {sorted(unknown)[0]}: no such case in {settings.split} of {settings.data}")
+    trained = {}
+    for model, (_, progress) in models.items():
+        config = read_json(settings.out / "segmentation" / model / "config.json")
+        trained[model] = {"steps": progress.step, "best": progress.best, **config}
+    own = dataset_identity(cache.cases) in [run["dataset"] for run in trained.values()]
+    place = "evaluation" if own else f"evaluation/{safe_name(cache.name)}"
+    with run_folder(settings, place, cache.cases) as folder:
         made_from = {
             "split": settings.split,
             "all_frames": settings.all_frames,
-            "models": {model: {"steps": p.step, "best": p.best} for model, (_, p) in models.items()},
+            "largest_component": settings.largest_component,
+            "models": {model: {"steps": run["steps"], "best": run["best"]} for model, run in trained.items()},
         }
         summary = folder / "summary.json"
-        if summary.exists() and read_json(summary).get("made_from") == made_from:
+        done = read_json(summary) if summary.exists() else {}
+        if done.get("made_from") != made_from:
+            summary.unlink(missing_ok=True)  # written last: what it is there for is finished
+            score(models, cache, cases, settings, device, folder)
+        elif done["view"] == list(settings.view):
             print(f"{folder}: finished; --overwrite starts anew\n\n{(folder / 'table.md').read_text()}")
             return
-        summary.unlink(missing_ok=True)  # written last: what it is there for is finished
+        largest = folder / "cases_largest.csv" if settings.largest_component else None
+        rows = [path and evaluation.read_scores(path) for path in (folder / "cases.csv", largest)]
+        results = evaluation.Results(*rows, cache, cases, settings.split, trained, own)
+        write_results(folder, results)
+        propagation = settings.out / "propagation" if own else None
+        page.write_report(folder, results, settings.view, settings.all_frames, propagation)
+        print(f"\nto look at: {folder / 'report.html'}")
+        write_json(summary, {"made_from": made_from, "view": list(settings.view), **results.summary()})
 
-        rows = []
-        for model, (network, progress) in models.items():
-            print(f"{model}: {len(cases)} cases of {settings.split}, {progress.step} steps, on {describe(device)}")
-            predictions = folder / "predictions" / model
-            scored = evaluation.score_model(model, network, cache, cases, settings, device, predictions)
-            rows += tqdm(scored, model, total=6 * len(cases), unit="score")
-        write_csv(folder / "cases.csv", evaluation.CASES, rows)
-        tables = {
-            score: [evaluation.table_row(model, [r for r in rows if r["model"] == model], score) for model in models]
-            for score in ("dice", "paper_dice")
-        }
-        write_csv(folder / "table.csv", evaluation.TABLE, tables["dice"])
-        write_csv(folder / "table_paper.csv", evaluation.TABLE, tables["paper_dice"])
-        seen = {case.vendor for case in cache.split("Training") if case.labelled}
-        caption = evaluation.caption(cache, cases, settings, rows, seen)
-        write_text(folder / "table.md", evaluation.table_text(tables["dice"], steps, seen, True) + f"\n\n{caption}\n")
-        report.draw_overlays(folder, cache, cases, rows)
-        print(f"\n{evaluation.table_text(tables['dice'], steps, seen)}\n\n{caption}")
-        write_json(summary, {"made_from": made_from, "table": tables["dice"], "table_paper": tables["paper_dice"]})
+
+def score(models, cache, cases, settings, device, folder):
+    """Predict and score the cases with every model: writes predictions/ and cases.csv below `folder`."""
+    rows = []
+    for model, (network, progress) in models.items():
+        print(f"{model}, {progress.step} steps: {len(cases)} cases of {settings.split} on {describe(device)}")
+        predictions = folder / "predictions" / model
+        scored = evaluation.score_model(model, network, cache, cases, settings, device, predictions)
+        rows += tqdm(scored, model, total=6 * len(cases), unit="score")
+    whole, largest = zip(*rows)
+    write_csv(folder / "cases.csv", evaluation.CASES, whole)
+    if settings.largest_component:
+        write_csv(folder / "cases_largest.csv", evaluation.CASES, largest)
+
+
+def write_results(folder, results):
+    """Write tables and figures; print Table 1."""
+    write_csv(folder / "table.csv", evaluation.TABLE, results.table)
+    write_csv(folder / "table_paper.csv", evaluation.TABLE, results.table_paper)
+    write_csv(folder / "clinical.csv", evaluation.CLINICAL, results.clinical)
+    write_csv(folder / "agreement.csv", evaluation.AGREEMENT, results.agreement)
+    write_csv(folder / "comparison.csv", evaluation.COMPARISON, results.comparison)
+    words = [text for text in (results.gain(), results.caption()) if text]
+    cells = results.cells(results.table)
+    write_text(folder / "table.md", "\n\n".join([evaluation.aligned(cells, markdown=True), *words]) + "\n")
+    print("", evaluation.aligned(cells), "", sep="\n")
+    if results.largest:
+        write_csv(folder / "table_largest.csv", evaluation.TABLE, results.table_largest)
+        cells = results.cells(results.table_largest)
+        print("largest component of each region alone:", evaluation.aligned(cells), "", sep="\n")
+    print(*words, sep="\n")
+    report.draw_dice(folder / "dice.png", results)
+    report.draw_bland_altman(folder / "bland_altman.png", results)
+    report.draw_overlays(folder, results)
+
+
+def safe_name(name):
+    """A dataset's name as a folder beside the files of evaluation/."""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", name)
+    return f"{name}_" if name in ("", "predictions") else name
 
 
 def finished_models(settings, device):
@@ -73,7 +124,8 @@ def finished_models(settings, device):
         load_network(network, folder / "best.pt", device)
         models[model] = network, progress
     if not models:
-        raise InputError(f"{settings.out / 'segmentation'}: no finished model; run train_segmentation.py before")
+        folder = settings.out / "segmentation"
+        raise InputError(f"{folder}: no finished model; run train_segmentation.py before")
     return models
 
 

@@ -1,5 +1,7 @@
 """Step 2: carry the expert labels of ED to the frames between ED and ES, with the registration of step 1."""
 
+import shutil
+
 import numpy as np
 from tqdm import tqdm
 
@@ -32,14 +34,16 @@ def main(argv):
             print(f"{path}: finished; --overwrite starts anew")
             propagated = propagation.Propagated.read(path)
         else:
+            path.unlink(missing_ok=True)
+            shutil.rmtree(folder / "nifti", ignore_errors=True)
             print(f"propagation: {len(cases)} cases, registration of step {trained.step}, on {describe(device)}")
             propagated, rows = propagate(network, cache, cases, settings.frames, device)
             write_csv(folder / "quality.csv", COLUMNS, rows)
             report.draw_cine(folder / "cine.gif", cache, cases, propagated)
             propagated.write(path, made_from)  # last: what it is there for is finished
-        if settings.nifti:
-            for case in tqdm(cases, "nifti", unit="case"):
-                target = folder / "nifti" / f"{case.code}_sa_propagated.nii.gz"
+        for case in tqdm(cases, "nifti", unit="case") if settings.nifti else ():
+            target = folder / "nifti" / f"{case.code}_sa_propagated.nii.gz"
+            if not target.exists():
                 write_labels(target, on_own_grid(cache, case, propagated), case.image)
 
 

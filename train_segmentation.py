@@ -8,7 +8,7 @@ import torch
 
 from cardiac import LABELS, losses, networks, report
 from cardiac.cache import open_cache
-from cardiac.files import InputError
+from cardiac.files import InputError, read_json
 from cardiac.metrics import dice
 from cardiac.propagation import Propagated
 from cardiac.run import choose_device, describe, run_folder, script
@@ -53,19 +53,25 @@ class Segmentation:
         row |= {f"val_dice_{region}": value.item() for region, value in zip(LABELS, by_region)}
         if unseen:
             row["unseen_dice"] = torch.tensor(unseen).nanmean().item()
-        return {**row, "score": by_region.mean().item()}
+        return {**row, "score": by_region.nanmean().item()}
 
 
 def read_propagated(settings):
     """The propagated labels, or None where `original` alone can be trained, which is then said."""
     if settings.labels == "original":
         return None
-    propagated = Propagated.read(settings.out / "propagation" / "labels.h5")
+    path = settings.out / "propagation"
+    propagated = Propagated.read(path / "labels.h5")
+    made_with = read_json(path / "config.json")["settings"]
+    for name in ("size", "spacing"):
+        if made_with[name] != getattr(settings, name):
+            what = f"{name} is {made_with[name]} there, {getattr(settings, name)} here"
+            raise InputError(f"{path}: {what}; run propagate_labels.py before")
     if len(propagated.labels):
         return propagated
     reason = "nothing was propagated: no frame lies between ED and ES"
     if settings.labels == "propagated":
-        raise InputError(f"{settings.out / 'propagation'}: {reason}; use --labels original")
+        raise InputError(f"{path}: {reason}; use --labels original")
     print(f"{reason}; training `original` alone")
     return None
 

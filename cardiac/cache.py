@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cardiac import CLASSES
-from cardiac.cases import Case, load_case, read_cases
+from cardiac.cases import Case, load_case, read_cases, refusal
 from cardiac.files import InputError, locked, replacing
 from cardiac.workers import worker_pool
 
@@ -210,7 +210,7 @@ def open_cache(settings):
         places = [json.loads(text) for text in file["cases"].asstr()[:]]
         skipped = (*dataset.problems, *json.loads(file["skipped"].asstr()[()]))
     if skipped and not settings.skip_bad:
-        raise InputError(f"{skipped[0]} (mend it, or go on without it: --skip-bad)")
+        raise refusal(skipped, settings.data)
     known = {case.code: case for case in cases}
     cached = tuple(CachedCase(**vars(known[place.pop("code")]), **place) for place in places)
     cache = Cache(path, dataset.root, dataset.name, settings.size, settings.spacing, cached, skipped)
@@ -266,7 +266,7 @@ def _build(path, dataset, wanted, settings):
                     problems.append(str(result))
                     if settings.skip_bad:
                         continue
-                    raise result
+                    raise refusal(problems, settings.data)
                 case_images, case_labels, cropped, warnings = result
                 for warning in warnings:
                     tqdm.write(f"warning: {warning}")

@@ -1,29 +1,46 @@
 """Predictions on each case's own grid, their scores, and the tables made of them."""
 
+import dataclasses
+
 import numpy as np
 import torch
 
 from cardiac import REGIONS
-from cardiac.cache import most_likely
+from cardiac.cache import Cache, most_likely
 from cardiac.cases import VENDORS, load_labels
-from cardiac.metrics import paper_dice, score_case
+from cardiac.files import read_csv
+from cardiac.metrics import (
+    MYOCARDIUM_DENSITY,
+    agreement,
+    ejection_fraction,
+    largest_component,
+    paired_comparison,
+    paper_dice,
+    score_case,
+)
 from cardiac.networks import segment
 from cardiac.nifti import write_labels
 from cardiac.slices import SliceStore
 from cardiac.workers import worker_pool
 
+MODELS = ("original", "propagated")
 CASES = (
     "model", "case", "vendor", "centre", "phase", "region",
     "dice", "hd95_mm", "assd_mm", "volume_ml", "reference_volume_ml", "paper_dice",
 )  # fmt: skip
 TABLE = ("model", *REGIONS, *VENDORS, "total")
+CLINICAL = ("model", "case", "vendor", "quantity", "measured", "reference")
+AGREEMENT = ("model", "quantity", "bias", "loa_low", "loa_high", "r", "mae", "n")
+COMPARISON = ("group", "mean_difference", "low", "high", "p", "n")
 
 
-def probabilities_on_own_grid(network, store, case, frame):
-    """Softmax of LV, MYO, RV (3, Z, X, Y) of a frame, resampled to the case's own grid; 0 outside the crop.
-    """
-    probabilities = segment(network, store.images(torch.from_numpy(case.rows(frame))))[:, 1:]
-    return case.grid(store.cache).from_slices(probabilities.transpose(0, 1).cpu().numpy())
+# -------------------------------------------------------------------------------- predictions, scores
+
+
+def regions_on_own_grid(network, slices, grid):
+    """Softmax of LV, MYO, RV (3, X, Y, Z) of slices (Z, 1, S, S), on a `Grid`; 0 outside the crop."""
+    probabilities = segment(network, slices)[:, 1:].transpose(0, 1).cpu().numpy()
+    return grid.from_slices(probabilities).transpose(0, 2, 3, 1)
 
 
 def predict(network, store, frames):
@@ -33,15 +50,16 @@ def predict(network, store, frames):
     (case,) = store.cases
     labels, softmax = np.zeros(case.shape, np.uint8), {}
     for frame in frames:
-        regions = probabilities_on_own_grid(network, store, case, frame).transpose(0, 2, 3, 1)
+        slices = store.images(torch.from_numpy(case.rows(frame)))
+        regions = regions_on_own_grid(network, slices, case.grid(store.cache))
         labels[..., frame] = most_likely(regions)
         softmax[frame] = np.concatenate([1 - regions.sum(0, keepdims=True), regions])
     return labels, softmax
 
 
 def score_model(model, network, cache, cases, settings, device, folder):
-    """Predict and score `cases` with one model: writes predictions below `folder`, yields the rows of
-    cases.csv.
+    """Predict and score `cases` with one model: writes predictions below `folder`, yields (row of cases.csv,
+    the same row for the largest components or None).
     """
 
     def jobs():
@@ -50,36 +68,207 @@ def score_model(model, network, cache, cases, settings, device, folder):
             frames = range(case.frames) if settings.all_frames else (case.ed, case.es)
             prediction, softmax = predict(network, store, frames)
             softmax = {frame: softmax[frame] for frame in (case.ed, case.es)}
-            yield case, prediction, softmax, folder / f"{case.code}_sa_pred.nii.gz"
+            path = folder / f"{case.code}_sa_pred.nii.gz"
+            yield case, prediction, softmax, path, settings.largest_component
 
     with worker_pool(settings.workers, len(cases)) as run:
         for case, scores in zip(cases, run(_write_and_score, jobs())):
-            for (phase, region), values in scores.items():
-                row = {"model": model, "case": case.code, "vendor": case.vendor, "centre": case.centre}
-                yield {**row, "phase": phase, "region": region, **values}
+            start = {"model": model, "case": case.code, "vendor": case.vendor, "centre": case.centre}
+            for (phase, region), (values, largest) in scores.items():
+                row = {**start, "phase": phase, "region": region}
+                yield {**row, **values}, largest and {**row, **largest}
 
 
-def _write_and_score(case, prediction, softmax, path):
+def _write_and_score(case, prediction, softmax, path, largest):
     write_labels(path, prediction, case.image)
     references, scores = load_labels(case), {}
     for phase, frame in (("ED", case.ed), ("ES", case.es)):
-        regions = score_case(prediction[..., frame], references[frame], case.spacing)
-        soft = paper_dice(softmax[frame], references[frame])
-        scores |= {(phase, region): {**regions[region], "paper_dice": soft[region]} for region in REGIONS}
+        labels, reference = prediction[..., frame], references[frame]
+        whole = score_case(labels, reference, case.spacing)
+        kept = score_case(largest_component(labels), reference, case.spacing) if largest else {}
+        soft = paper_dice(softmax[frame], reference)
+        for region in REGIONS:
+            soft_dice = {"paper_dice": soft[region]}
+            scores[phase, region] = {**whole[region], **soft_dice}, kept and {**kept[region], **soft_dice}
     return scores
+
+
+def read_scores(path):
+    """The rows of a cases.csv, numbers as floats and empty cells NaN."""
+
+    def value(name, text):
+        return float(text or "nan") if name in CASES[6:] else text.removeprefix("'")
+
+    return [{name: value(name, text) for name, text in row.items()} for row in read_csv(path)]
+
+
+# -------------------------------------------------------------------------------- what the scores say
+
+
+@dataclasses.dataclass
+class Results:
+    """What is reported, and what of: numbers are made of the rows of cases.csv alone, lists of mappings."""
+
+    rows: list  # cases.csv
+    largest: list | None  # the same for the largest components, with --largest-component
+    cache: Cache
+    cases: list  # that were scored
+    split: str
+    trained: dict  # {model: {"steps", "best" (validation Dice), "settings" (of the run)}}
+    own: bool  # whether the models were trained on this dataset
+
+    def __post_init__(self):
+        self.models = list(self.trained)
+        self.table = self._table(self.rows, "dice")
+        self.table_paper = self._table(self.rows, "paper_dice")
+        self.table_largest = self._table(self.largest, "dice") if self.largest else []
+        self.clinical = clinical(self.rows)
+        self.agreement = [
+            {"model": model, "quantity": name, **agreement(*self.measured(model, name))}
+            for name in dict.fromkeys(row["quantity"] for row in self.clinical)
+            for model in self.models
+        ]
+        self.comparison = comparison(self.rows) if len(self.models) == 2 else []
+        self.failures, self.undefined = failures(self.rows)
+
+    def _table(self, rows, score):
+        return [table_row(model, [r for r in rows if r["model"] == model], score) for model in self.models]
+
+    def measured(self, model, quantity):
+        """Two arrays (N,), one number a case: a model's measurements of a clinical quantity, the expert's."""
+        rows = [row for row in self.clinical if (row["model"], row["quantity"]) == (model, quantity)]
+        return tuple(np.array([row[name] for row in rows]) for name in ("measured", "reference"))
+
+    def case_dice(self, model):
+        """{case: mean Dice over its phases and regions}, NaN left out, of one model, in the order scored."""
+        return _case_dice([row for row in self.rows if row["model"] == model])
+
+    def ranked(self, model):
+        """{"best", "median", "worst": code} of a model; ties by code."""
+        scores = self.case_dice(model)
+        codes = sorted(scores, key=lambda code: (-np.nan_to_num(scores[code]), code))
+        return {"best": codes[0], "median": codes[len(codes) // 2], "worst": codes[-1]}
+
+    def summary(self):
+        """The numbers for summary.json: tables, agreement, comparison, failures; None for NaN."""
+        tables = ("table", "table_paper", "table_largest", "agreement", "comparison", "failures")
+        counts = {"dataset": self.cache.name, "cases": len(self.cases), "undefined": self.undefined}
+        return counts | {name: _as_json(getattr(self, name)) for name in tables}
+
+    @property
+    def seen(self):
+        """Vendors with labels in the dataset's Training: those trained on where the dataset is the `own`."""
+        return {case.vendor for case in self.cache.split("Training") if case.labelled}
+
+    def starred(self, name):
+        """The name of a column, with a * for vendors whose labels were not trained on."""
+        return f"{name} *" if self.own and name in VENDORS and name not in self.seen else name
+
+    def cells(self, table):
+        """A table as rows of text, names first: a row a model, the gain of `propagated` over `original`, the
+        steps; vendors that training did not see get a *.
+        """
+        names = [self.starred(name) for name in TABLE]
+        lines = [[row["model"], *(number(row[name]) for name in TABLE[1:])] for row in table]
+        if len(table) == 2:
+            original, propagated = table
+            lines.append(["gain", *(number(propagated[name] - original[name], "+.3f") for name in TABLE[1:])])
+        steps = ["steps", *(str(self.trained[row["model"]]["steps"]) for row in table), ""]
+        return [[*line, step] for line, step in zip([names, *lines], steps)]
+
+    def caption(self):
+        """What Table 1 is a table of, in words: cases, vendors that training saw, what failed."""
+        text = ("Dice in 3-D on each case's own grid, mean over case, phase (ED, ES) and region; "
+                f"{len(self.cases)} cases of {self.split} of {self.cache.name}.")  # fmt: skip
+        if self.own and self.split == "Training":
+            text += " THE NETWORKS WERE TRAINED ON THESE CASES."
+        if self.own:
+            text += f" Labels of vendor {', '.join(sorted(self.seen))} were trained on; * marks the others."
+            unlabelled = {case.vendor for case in self.cache.split("Training")} - self.seen
+            if unlabelled:
+                text += f" The registration saw unlabelled scans of vendor {', '.join(sorted(unlabelled))}."
+        else:
+            text += " The models were trained on another dataset."
+        if self.undefined:
+            text += f" {self.undefined} scores are not defined (region absent from both masks) and left out."
+        if self.failures:
+            names = [" ".join(row[name] for name in ("model", "case", "phase", "region")) for row in self.failures]
+            more = f" and {len(names) - 8} more, see summary.json" if len(names) > 8 else ""
+            text += f" {len(names)} failures (region in one mask alone, Dice 0): "
+            text += f"{', '.join(names[:8])}{more}."
+        return text
+
+    def gain(self):
+        """The gain of `propagated` with its interval and p-value in words, "" with one model alone."""
+        if not self.comparison:
+            return ""
+        found = self.comparison[0]
+        interval = f"{number(found['low'], '+.4f')} to {number(found['high'], '+.4f')}"
+        return (f"propagated - original: mean Dice {number(found['mean_difference'], '+.4f')} "
+                f"(95 % interval {interval}, bootstrap over {found['n']} patients; Wilcoxon {p_text(found['p'])})")  # fmt: skip
 
 
 def table_row(model, rows, score="dice"):
     """Table 1's row of a model: the plain mean of the non-NaN scores by region, by vendor and in all."""
-
-    def mean(chosen):
-        values = [row[score] for row in chosen if not np.isnan(row[score])]
-        return float(np.mean(values)) if values else float("nan")
-
     row = {"model": model}
-    row |= {region: mean(r for r in rows if r["region"] == region) for region in REGIONS}
-    row |= {vendor: mean(r for r in rows if r["vendor"] == vendor) for vendor in VENDORS}
-    return {**row, "total": mean(rows)}
+    row |= {region: mean(r[score] for r in rows if r["region"] == region) for region in REGIONS}
+    row |= {vendor: mean(r[score] for r in rows if r["vendor"] == vendor) for vendor in VENDORS}
+    return {**row, "total": mean(r[score] for r in rows)}
+
+
+def mean(values):
+    values = [value for value in values if not np.isnan(value)]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def _case_dice(rows):
+    scores = {}
+    for row in rows:
+        scores.setdefault(row["case"], []).append(row["dice"])
+    return {case: mean(values) for case, values in scores.items()}
+
+
+def heart_function(volumes):
+    """What is read off volumes {(phase, region): ml}: EDV, ESV and stroke volume (ml) and ejection fraction
+    (%) of both ventricles, the mass of the myocardium at ED (g).
+    """
+    found = {}
+    for region in ("LV", "RV"):
+        edv, esv = volumes["ED", region], volumes["ES", region]
+        found |= {f"{region}_EDV_ml": edv, f"{region}_ESV_ml": esv, f"{region}_SV_ml": edv - esv}
+        found[f"{region}_EF_percent"] = ejection_fraction(edv, esv)
+    return {**found, "LV_mass_g": MYOCARDIUM_DENSITY * volumes["ED", "MYO"]}
+
+
+def clinical(rows):
+    """`heart_function` of prediction and reference for every model and case: rows of clinical.csv."""
+    cases, found = {}, []
+    for row in rows:
+        cases.setdefault((row["model"], row["case"], row["vendor"]), []).append(row)
+    for (model, case, vendor), own in cases.items():
+        measured, reference = (
+            heart_function({(row["phase"], row["region"]): row[name] for row in own})
+            for name in ("volume_ml", "reference_volume_ml")
+        )
+        start = {"model": model, "case": case, "vendor": vendor}
+        found += [
+            {**start, "quantity": name, "measured": value, "reference": reference[name]}
+            for name, value in measured.items()
+        ]
+    return found
+
+
+def comparison(rows):
+    """`propagated` minus `original`, a patient's mean Dice each: in all, by vendor and by region."""
+    groups = {"all": rows}
+    for column, names in (("vendor", VENDORS), ("region", REGIONS)):
+        groups |= {name: [row for row in rows if row[column] == name] for name in names}
+    found = []
+    for group, own in groups.items():
+        if own:
+            scores = [_case_dice([row for row in own if row["model"] == model]) for model in MODELS]
+            found.append({"group": group, **paired_comparison(*scores)})
+    return found
 
 
 def failures(rows):
@@ -88,43 +277,32 @@ def failures(rows):
     return missing, sum(np.isnan(row["dice"]) for row in rows)
 
 
-def table_text(table, steps, seen, markdown=False):
-    """Table 1 as aligned text or Markdown: a row a model, the gain of `propagated` over `original`, the
-    steps.
-    """
-    names = [*TABLE, "steps"]
-    lines = [[row["model"], *(_number(row[name]) for name in TABLE[1:]), str(steps[row["model"]])] for row in table]
-    by_model = {row["model"]: row for row in table}
-    if {"original", "propagated"} <= by_model.keys():
-        gains = [by_model["propagated"][name] - by_model["original"][name] for name in TABLE[1:]]
-        lines.append(["gain", *(_number(gain, "+.3f") for gain in gains), ""])
-    names = [f"{name} *" if name in VENDORS and name not in seen else name for name in names]
+def _as_json(value):
+    """A value with None for NaN, which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: _as_json(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_as_json(each) for each in value]
+    return None if isinstance(value, float) and np.isnan(value) else value
+
+
+def aligned(lines, markdown=False):
+    """Rows of cells as aligned text or Markdown."""
     if markdown:
-        rule = ["---", *["---:"] * (len(names) - 1)]
-        return "\n".join("| " + " | ".join(line) + " |" for line in [names, rule, *lines])
-    widths = [max(len(line[k]) for line in [names, *lines]) for k in range(len(names))]
+        lines = [lines[0], ["---", *["---:"] * (len(lines[0]) - 1)], *lines[1:]]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(
         "  ".join(cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(line, widths)))
-        for line in [names, *lines]
+        for line in lines
     )
 
 
-def caption(cache, cases, settings, rows, seen):
-    """What Table 1 is a table of, in words: cases, vendors that training saw, what is not defined or failed.
-    """
-    unlabelled = {case.vendor for case in cache.split("Training") if not case.labelled} - seen
-    missing, absent = failures(rows)
-    text = (f"Dice in 3-D on each case's own grid, mean over case, phase (ED, ES) and region; {len(cases)} cases of "
-            f"{settings.split}. Labels of vendor {', '.join(sorted(seen))} were trained on; * marks the others.")  # fmt: skip
-    if unlabelled:
-        text += f" The registration saw unlabelled scans of vendor {', '.join(sorted(unlabelled))}."
-    if absent:
-        text += f" {absent} scores are not defined (region absent from both masks) and left out."
-    if missing:
-        names = ", ".join(dict.fromkeys(f"{row['model']} {row['case']} {row['phase']} {row['region']}" for row in missing))
-        text += f" {len(missing)} failures (region in one mask alone, Dice 0): {names}."
-    return text
+def p_text(p):
+    """A p-value as papers print it."""
+    return "p < 0.001" if p < 0.001 else f"p = {number(p) or 'not defined'}"
 
 
-def _number(value, form=".3f"):
+def number(value, form=".3f"):
+    """A number as text, "" for NaN."""
     return "" if np.isnan(value) else format(value, form)

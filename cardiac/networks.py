@@ -58,8 +58,6 @@ class RegistrationNetwork(nn.Module):
             return F.conv2d(x.float(), self.velocity.weight.float(), self.velocity.bias.float(), padding=1)
 
 
-
-
 class SegmentationNetwork(nn.Module):
     """The paper's 2-D U-Net (Ronneberger et al., 2015), after section 3.3.
 

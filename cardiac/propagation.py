@@ -70,7 +70,7 @@ class Propagated:
             with h5py.File(path) as file:
                 where = zip(file["case"].asstr()[:], file["frame"][:].tolist(), file["slice"][:].tolist())
                 return cls(file["labels"][:], list(where), file["confidence"][:])
-        except (OSError, KeyError) as error:
+        except (OSError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not readable ({error}); run propagate_labels.py --overwrite") from error
 
 

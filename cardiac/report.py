@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image
 
 from cardiac import LABELS, REGIONS
-from cardiac.cases import load_case, load_labels
+from cardiac.cases import load_case
 from cardiac.files import read_csv, replacing, write_bytes
 from cardiac.losses import IGNORED
 from cardiac.networks import register, segment
@@ -18,6 +19,7 @@ from cardiac.warp import jacobian_determinant, warp
 
 # Okabe & Ito (2008): told apart by colour-blind readers, on dark images too
 COLOURS = {"LV": "#E69F00", "MYO": "#56B4E9", "RV": "#CC79A7"}
+MODEL_COLOURS = {"original": "#767676", "propagated": "#0072B2"}
 
 
 def save_figure(figure, path):
@@ -38,9 +40,9 @@ def show_slice(axes, image, labels=None, title=None, **options):
 
 
 def draw_contours(axes, labels, **options):
-    """Contours of LV, MYO and RV of labels (X, Y)."""
-    for region, label in LABELS.items():
-        mask = label == labels.T
+    """Contours of LV, MYO and RV of labels (X, Y), LV last: it shares its border with MYO."""
+    for region in reversed(REGIONS):
+        mask = labels.T == LABELS[region]
         if mask.any() and not mask.all():
             axes.contour(mask, [0.5], colors=COLOURS[region], **{"linewidths": 1, **options})
 
@@ -51,7 +53,8 @@ def draw_curves(folder):
     steps = [int(row["step"]) for row in rows]
     figure = Figure((9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    skipped = ("epoch", "step", "lr", "score", "seconds", "samples_per_second", "waiting_percent", "memory_gb")
+    skipped = ("epoch", "step", "lr", "score", "seconds", "samples_per_second", "waiting_percent",
+               "memory_gb")  # fmt: skip
     for name in rows[0]:
         if name in skipped:
             continue
@@ -70,7 +73,7 @@ def draw_registration(path, network, store, count=4):
     """example.png: for middle slices of `count` cases, moving / fixed / warped / differences / grid /
     Jacobian.
     """
-    cases = [store.cases[k] for k in np.linspace(0, len(store.cases) - 1, min(count, len(store.cases))).astype(int)]
+    cases = _spread(store.cases, count)
     figure = Figure((14, 2.15 * len(cases)), layout="constrained")
     grid = figure.subplots(len(cases), 7, squeeze=False)
     for axes, case in zip(grid, cases):
@@ -93,11 +96,16 @@ def draw_registration(path, network, store, count=4):
     save_figure(figure, path)
 
 
+def _spread(cases, count):
+    """So many of the cases, evenly spread over the list."""
+    return [cases[k] for k in np.linspace(0, len(cases) - 1, min(count, len(cases))).astype(int)]
+
+
 def draw_segmentation(path, network, store, count=4):
     """example.png: middle slices of `count` validation cases at ED and ES, the expert's contours and the
     network's.
     """
-    cases = [store.cases[k] for k in np.linspace(0, len(store.cases) - 1, min(count, len(store.cases))).astype(int)]
+    cases = _spread(store.cases, count)
     figure = Figure((2.4 * 4, 2.6 * len(cases)), layout="constrained")
     for axes, case in zip(figure.subplots(len(cases), 4, squeeze=False), cases):
         z = case.slices // 2
@@ -111,27 +119,97 @@ def draw_segmentation(path, network, store, count=4):
     save_figure(figure, path)
 
 
-def draw_overlays(folder, cache, cases, rows):
-    """overlays_MODEL.png: the best, the median and the worst case of each model, expert above network."""
-    known = {case.code: case for case in cases}
-    for model in dict.fromkeys(row["model"] for row in rows):
-        scores = {code: [r["dice"] for r in rows if (r["model"], r["case"]) == (model, code)] for code in known}
-        ranked = sorted(known, key=lambda code: (-np.nanmean(scores[code]), code))
-        chosen = {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}
-        figure = Figure((2.1 * 6, 4.8 * len(chosen)), layout="constrained")
-        grid = figure.subplots(2 * len(chosen), 6, squeeze=False)
-        for k, (rank, code) in enumerate(chosen.items()):
-            case = known[code]
-            image, _, _ = load_case(case)
-            prediction = np.asarray(nib.load(folder / "predictions" / model / f"{code}_sa_pred.nii.gz").dataobj)
-            expert, high = load_labels(case), np.percentile(image, 99)
-            for j, (phase, z) in enumerate((p, z) for p in ("ED", "ES") for z in (0.2, 0.5, 0.8)):
-                frame, z = (case.ed if phase == "ED" else case.es), round(z * (case.slices - 1))
-                options = {"vmin": 0, "vmax": high, "aspect": case.spacing[1] / case.spacing[0]}
-                title = f"{code} ({rank}, {np.nanmean(scores[code]):.3f})\n{phase} slice {z}: expert"
-                show_slice(grid[2 * k, j], image[:, :, z, frame], expert[frame][:, :, z], title, **options)
-                show_slice(grid[2 * k + 1, j], image[:, :, z, frame], prediction[:, :, z, frame], model, **options)
+def draw_dice(path, results):
+    """Dice by region and vendor: a box and its points, one a case and phase, side by side for each model."""
+    vendors = list(dict.fromkeys(case.vendor for case in sorted(results.cases, key=lambda case: case.vendor)))
+    figure = Figure((9, 3.2), dpi=150, layout="constrained")
+    for axes, region in zip(figure.subplots(1, len(REGIONS), sharey=True), REGIONS):
+        for k, model in enumerate(results.models):
+            style = {"color": MODEL_COLOURS[model], "linewidth": 1.2}
+            boxes = dict.fromkeys(("boxprops", "medianprops", "whiskerprops", "capprops"), style)
+            for x, vendor in enumerate(vendors):
+                x += 0.4 * k - 0.2 * (len(results.models) - 1)
+                place = {"model": model, "region": region, "vendor": vendor}.items()
+                scores = [r["dice"] for r in results.rows if place <= r.items() and not np.isnan(r["dice"])]
+                spread = x + np.linspace(-0.1, 0.1, len(scores))
+                axes.plot(spread, scores, "o", markersize=3, alpha=0.6, markeredgewidth=0, **style)
+                axes.boxplot(scores, positions=[x], widths=0.34, showfliers=False, whis=(0, 100), **boxes)
+        axes.set_xticks(range(len(vendors)), [results.starred(vendor) for vendor in vendors])
+        axes.set(title=region, xlabel="vendor", ylim=(-0.02, 1.02))
+        axes.grid(axis="y", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supylabel("Dice of a case at ED or ES", fontsize=10)
+    handles = [Line2D([], [], color=MODEL_COLOURS[model], label=model) for model in results.models]
+    figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False)
+    save_figure(figure, path)
+
+
+def draw_bland_altman(path, results):
+    """Bland-Altman plots of EDV, ESV and EF of the LV, a row a model, with bias and limits of agreement."""
+    figure = Figure((10, 0.3 + 2.7 * len(results.models)), dpi=150, layout="constrained")
+    grid = figure.subplots(len(results.models), 3, sharex="col", sharey="col", squeeze=False)
+    for model, line in zip(results.models, grid):
+        for axes, quantity in zip(line, ("LV_EDV_ml", "LV_ESV_ml", "LV_EF_percent")):
+            measured, reference = results.measured(model, quantity)
+            difference, place = measured - reference, {"model": model, "quantity": quantity}.items()
+            axes.plot((measured + reference) / 2, difference, "o", color=MODEL_COLOURS[model], alpha=0.7, ms=4)
+            (found,) = (row for row in results.agreement if place <= row.items())
+            for name, style in (("bias", "-"), ("loa_low", "--"), ("loa_high", "--")):
+                axes.axhline(found[name], color="black", linestyle=style, linewidth=0.9)
+            axes.axhline(0, color="black", linewidth=0.4, alpha=0.5)
+            axes.margins(0.12, 0.15)
+            title = "{quantity}: bias {bias:+.1f} [{loa_low:+.1f}, {loa_high:+.1f}]".format(**found)
+            if "EF" in quantity:  # next to no volume at ED makes anything of it
+                axes.set(xlim=np.clip(axes.get_xlim(), -20, 120), ylim=np.clip(axes.get_ylim(), -110, 110))
+                outside = np.count_nonzero(np.abs(difference) > 110)
+                title += f", {outside} outside" if outside else ""
+            axes.set_title(title.replace("_", " "), fontsize=9)
+            axes.set_ylabel(f"{model} - expert", fontsize=9)
+            axes.set_xlabel("mean of both", fontsize=9)
+            axes.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, path)
+
+
+def heart_box(labels, spacing, margin=12):
+    """Slices (x, y) of the box around the labels (X, Y, ...), `margin` mm wider to every side."""
+    box = []
+    for axis, mm in enumerate(spacing[:2]):
+        filled = np.flatnonzero(labels.any(axis=tuple(k for k in range(labels.ndim) if k != axis)))
+        first, last = (filled[0], filled[-1]) if len(filled) else (0, labels.shape[axis])
+        box.append(slice(max(0, int(first - margin / mm)), int(last + margin / mm) + 1))
+    return tuple(box)
+
+
+def draw_overlays(folder, results):
+    """overlays_MODEL.png: best, median and worst case of each model, expert solid and prediction dashed."""
+    known = {case.code: case for case in results.cases}
+    for model in results.models:
+        scores, ranks = results.case_dice(model), results.ranked(model)
+        figure = Figure((2.1 * 6, 2.35 * len(ranks) + 0.3), layout="constrained")
+        for line, (rank, code) in zip(figure.subplots(len(ranks), 6, squeeze=False), ranks.items()):
+            case, (image, experts, _) = known[code], load_case(known[code])
+            prediction = read_prediction(folder, model, code)
+            labels = np.stack([*experts.values(), prediction[..., case.ed], prediction[..., case.es]], -1)
+            box = heart_box(labels, case.spacing)
+            look = {"vmax": np.percentile(image, 99), "aspect": case.spacing[1] / case.spacing[0]}
+            shown = [round(part * (case.slices - 1)) for part in (0.2, 0.5, 0.8)]
+            places = [(phase, z) for phase in ("ED", "ES") for z in shown]
+            for axes, (phase, z) in zip(line, places):
+                frame = case.ed if phase == "ED" else case.es
+                plane, expert = image[..., z, frame][box], experts[frame][..., z][box]
+                show_slice(axes, plane, expert, f"{phase}, slice {z}", **look)
+                draw_contours(axes, prediction[..., z, frame][box], linestyles="dashed", linewidths=1.6)
+            line[0].set_title(f"{rank}: {code}, Dice {scores[code]:.3f}\n{line[0].get_title()}", fontsize=8)
+        lines = {region: {"color": colour} for region, colour in COLOURS.items()}
+        lines |= {"expert": {"color": "gray"}, model: {"color": "gray", "linestyle": "--"}}
+        handles = [Line2D([], [], label=label, **style) for label, style in lines.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
         save_figure(figure, folder / f"overlays_{model}.png")
+
+
+def read_prediction(folder, model, code):
+    """The prediction (X, Y, Z, T) uint8 of a case below the evaluation's folder."""
+    return np.asarray(nib.load(folder / "predictions" / model / f"{code}_sa_pred.nii.gz").dataobj)
 
 
 def _draw_grid(axes, displacement, every=5):
@@ -148,12 +226,8 @@ def draw_cine(path, cache, cases, propagated):
 
     The case is the one of median confidence. Without propagated labels a single frame, ED, is drawn.
     """
-    confidence = {case.code: [] for case in cases}
-    for (code, _, _), value in zip(propagated.where, propagated.confidence):
-        confidence[code].append(value)
-    ranked = sorted(cases, key=lambda case: (np.mean(confidence[case.code] or [0]), case.code))
-    case = ranked[len(ranked) // 2]
-    frames = _labelled_cine(cache, case, propagated)
+    case = median_case(cases, propagated)
+    frames = labelled_cine(cache, case, propagated)
     shown = np.unique(np.linspace(0.25, 0.75, 3) * (case.slices - 1) + 0.5).astype(int)
     pictures = []
     for frame, (images, labels) in frames.items():
@@ -170,7 +244,16 @@ def draw_cine(path, cache, cases, propagated):
         pictures[0].save(temporary, "GIF", save_all=True, append_images=pictures[1:], duration=120, loop=0)
 
 
-def _labelled_cine(cache, case, propagated):
+def median_case(cases, propagated):
+    """The case whose propagated labels have the median confidence."""
+    confidence = {case.code: [] for case in cases}
+    for (code, _, _), value in zip(propagated.where, propagated.confidence):
+        confidence[code].append(value)
+    ranked = sorted(cases, key=lambda case: (np.mean(confidence[case.code] or [0]), case.code))
+    return ranked[len(ranked) // 2]
+
+
+def labelled_cine(cache, case, propagated):
     """{frame: (images (Z, S, S), labels (Z, S, S))} of all frames with labels, in the order of time from ED.
     """
     labels = propagated.of(case)

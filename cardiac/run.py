@@ -28,6 +28,9 @@ def script(main):
     @functools.wraps(main)
     def entry(argv=None):
         previous = None
+        again = "the same command goes on from here"
+        if "--overwrite" in (sys.argv if argv is None else argv):
+            again += ", without --overwrite"
         with contextlib.suppress(ValueError):  # signals can be set in the main thread alone
             previous = signal.signal(signal.SIGTERM, _terminate)
         try:
@@ -42,9 +45,9 @@ def script(main):
         except OSError as error:
             return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
         except KeyboardInterrupt:
-            return _fail("interrupted; the same command goes on from here", 130)
+            return _fail(f"interrupted; {again}", 130)
         except Terminated:
-            return _fail("terminated; the same command goes on from here", 143)
+            return _fail(f"terminated; {again}", 143)
         finally:
             if previous is not None:
                 signal.signal(signal.SIGTERM, previous)
@@ -107,11 +110,11 @@ def describe(device):
 
 
 @contextlib.contextmanager
-def run_folder(settings, name, cases, clear=()):
+def run_folder(settings, name, cases):
     """The folder OUT/name, held by this process alone for the block, with the settings in its config.json.
 
     cases: of the dataset; a folder that holds a run on other cases is refused. With --overwrite the folder is
-    emptied first. clear: names in the folder that this run is to redo.
+    emptied first.
     """
     folder = settings.out / name
     busy = f"{folder}: another process is writing there; wait for it or choose another --out"

@@ -96,9 +96,21 @@ class SegmentationSettings(TrainingSettings):
 class EvaluationSettings(Settings):
     """`evaluate.py`."""
 
+    data: Path = setting(None, "dataset to score, the run's own or another, in the layout of M&Ms or ACDC")
+    predict: tuple = setting((), "instead: NIfTI files to segment, or folders of them", type=Path, nargs="+", metavar="PATH")
     channels: int = setting(32, "channels of the U-Net's first level")
     split: str = setting("Testing", "cases to score", choices=("Testing", "Validation", "Training"))
     all_frames: bool = setting(False, "predict every frame, not ED and ES alone")
+    largest_component: bool = setting(
+        False, "score what is left when each region keeps its largest component too; with --predict, write that"
+    )
+    view: tuple = setting((), "show this case in the report too (repeatable)", type=str, action="append", metavar="CODE")
+
+    def check(self):
+        """Raise InputError for a value that cannot work, before any work is done."""
+        super().check()
+        if bool(self.predict) == (self.data is not None):
+            raise InputError("give either --data (a dataset to score) or --predict (scans to segment)")
 
 
 SHARED = ("size", "spacing", "seed", "recipe", "channels", "skip_bad")  # what later scripts take from earlier ones
@@ -121,12 +133,13 @@ def parse(kind, argv, description, own=(), earlier=()):
         if item.type is bool:
             parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
             continue
-        if item.default is not None:
+        if item.default not in (None, ()):
             strong = f"; strong: {kind.STRONG[item.name]}" if item.name in kind.STRONG else ""
             text += f" (default: {item.default}{strong})"
         if "choices" not in options:
-            options["metavar"] = item.type.__name__.upper()
-        parser.add_argument(flag, type=item.type, default=argparse.SUPPRESS, help=text, **options)
+            options.setdefault("metavar", item.type.__name__.upper())
+        options.setdefault("type", item.type)
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **options)
     typed = vars(parser.parse_args(argv))
     settings = kind(**typed)
 

@@ -158,9 +158,11 @@ class LabelledSlices:
         self.expert = len(self.rows)
         if propagated is not None:
             cases = {case.code: case for case in store.cases}
-            rows = [cases[code].rows(frame)[z] for code, frame, z in propagated.where]
+            # patients held out for validation have propagated labels too
+            used = np.array([code in cases for code, _, _ in propagated.where], bool)
+            rows = [cases[code].rows(frame)[z] for code, frame, z in propagated.where if code in cases]
             self.rows = torch.cat([self.rows, torch.tensor(rows, dtype=torch.long)])
-            self.labels = torch.cat([self.labels, torch.from_numpy(propagated.labels).to(store.device)])
+            self.labels = torch.cat([self.labels, torch.from_numpy(propagated.labels[used]).to(store.device)])
 
     def __len__(self):
         return len(self.rows)

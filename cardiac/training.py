@@ -7,6 +7,7 @@ schedule, mixed precision, checkpoints, resume, the log and the way out when it 
 import contextlib
 import dataclasses
 import math
+import operator
 import resource
 import time
 from typing import Protocol
@@ -69,6 +70,8 @@ def fit(task, settings, folder, device, outcome="curves.png"):
     (folder / outcome).unlink(missing_ok=True)
     # the last epoch of a run that --max-steps cut short goes on as if it had not been
     progress.rows = [row for row in progress.rows if row["step"] % settings.steps_per_epoch == 0]
+    if not progress.rows:
+        progress.best = -math.inf
 
     def save(name="last.pt"):
         meter.read()
@@ -110,7 +113,8 @@ def fit(task, settings, folder, device, outcome="curves.png"):
                 if epoch_ends:
                     schedule.step(scores["val_loss"])
                     meter.restart()
-                if scores["score"] > progress.best:
+                # within an epoch --max-steps makes a best.pt only where there is none: the run may go on
+                if scores["score"] > progress.best and (epoch_ends or len(progress.rows) == 1):
                     progress.best = scores["score"]
                     save("best.pt")
                 write_csv(folder / "log.csv", list(progress.rows[-1]), progress.rows)
@@ -130,7 +134,8 @@ class Meter:
     def __init__(self, progress, total, batch_size, device):
         self.progress, self.batch_size, self.device = progress, batch_size, device
         self.bar = tqdm(total=total, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=1)
-        self.sums = {name: torch.tensor(value, device=device) for name, value in progress.sums.items()}
+        double = {"dtype": torch.float64, "device": device}
+        self.sums = {name: torch.tensor(value, **double) for name, value in progress.sums.items()}
         self.first_bad = torch.tensor(math.inf, device=device)
         self.scores = {}
         self.begun = self.clock = self.epoch_clock = time.perf_counter()
@@ -233,11 +238,10 @@ def read_checkpoint(path, device):
         raise InputError(f"{path}: there is no such checkpoint; run the training script before")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
+        operator.index(Progress(**state["progress"]).step)
     except Exception as error:  # a broken or hostile file can raise anything; none of it is worth a traceback
-        reason = str(error).splitlines()[0][:100]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         raise InputError(f"{path}: not a checkpoint of this program ({reason}); remove it or --overwrite") from error
-    if not isinstance(state, dict) or "network" not in state or "progress" not in state:
-        raise InputError(f"{path}: not a checkpoint of this program; remove it or start with --overwrite")
     return state
 
 
@@ -245,23 +249,23 @@ def load_network(network, path, device):
     """Load the weights of a checkpoint into `network`, ready for inference; returns the `Progress` it was at.
     """
     state = read_checkpoint(path, device)
-    _load_weights(network, state, path)
+    _restore(path, state, network=network)
     network.to(device, memory_format=torch.channels_last).eval()
     return Progress(**state["progress"])
 
 
-def _load_weights(network, state, path):
-    try:
-        network.load_state_dict(state["network"])
-    except (RuntimeError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}: weights of another architecture (another --channels?); use --overwrite") from error
+def _restore(path, state, **parts):
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(state[name])
+        except Exception as error:  # as above
+            what = f"its {name} is of another architecture (another --channels?)"
+            raise InputError(f"{path}: {what}; start anew with --overwrite") from error
 
 
 def _resume(path, network, optimizer, schedule, device):
     state = read_checkpoint(path, device)
-    _load_weights(network, state, path)
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
+    _restore(path, state, network=network, optimizer=optimizer, schedule=schedule)
     progress = Progress(**state["progress"])
     print(f"{path}: going on from step {progress.step}", flush=True)
     return progress

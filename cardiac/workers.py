@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor
 
@@ -39,6 +40,8 @@ def worker_pool(workers, jobs):
 
 
 def _end_with_parent():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent sees to it
+
     def wait():
         multiprocessing.parent_process().join()
         os._exit(1)

@@ -1,0 +1,184 @@
+"""New scans without labels: masks on their own grid, volumes of every frame, ejection fraction and mass."""
+
+import collections
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from cardiac import LABELS, REGIONS
+from cardiac.cache import Grid, most_likely, standardise
+from cardiac.cases import read_header, read_image, shown, spacing_of
+from cardiac.evaluation import heart_function, regions_on_own_grid
+from cardiac.files import InputError, locked, read_json, write_csv, write_json
+from cardiac.metrics import largest_component, volume_ml
+from cardiac.nifti import write_labels
+from cardiac.report import COLOURS, draw_contours, heart_box, save_figure, show_slice
+from cardiac.run import describe
+
+VOLUMES = ("frame", "time_ms", *(f"{region}_ml" for region in REGIONS))
+SUFFIXES = (".nii.gz", ".nii")
+NOT_IMAGES = ("_gt", "_pred")  # labels beside the images: the expert's, and our own
+
+
+def find_scans(paths):
+    """{name: file} of NIfTI files and of those in folders, however deep; names are fit for a folder each.
+
+    Files of labels (*_gt, *_pred) are left out of folders. Raises InputError for a folder without NIfTI files, and
+    for a file that is not there or whose header tells that it cannot be segmented.
+    """
+    files = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(f for f in path.rglob("*") if _stem(f) and not _stem(f).endswith(NOT_IMAGES))
+            if not inside:
+                raise InputError(f"{shown(path)}: no NIfTI file (.nii, .nii.gz) in this folder")
+            files += inside
+        else:
+            if not _stem(path):
+                raise InputError(f"{shown(path)}: not the name of a NIfTI file (.nii, .nii.gz)")
+            files.append(path)
+    files = list(dict.fromkeys(file.resolve() for file in files))
+    stems = collections.Counter(_stem(file) for file in files)
+    scans = {}
+    for file in files:
+        spacing_of(read_header(file, (3, 4)), file)
+        name = _stem(file) if stems[_stem(file)] == 1 else f"{file.parent.name}_{_stem(file)}"
+        if name in scans:
+            raise InputError(f"{shown(file)}: would overwrite the results of {shown(scans[name])}; rename one")
+        scans[name] = file
+    return scans
+
+
+def _stem(file):
+    """The name of a NIfTI file without its suffix, "" for other and hidden files."""
+    suffix = next((suffix for suffix in SUFFIXES if file.name.lower().endswith(suffix)), None)
+    return file.name[: -len(suffix)] if suffix and not file.name.startswith(".") else ""
+
+
+def predict_scans(scans, model, network, progress, settings, device):
+    """Segment every frame of `scans` {name: file}; all results lie below OUT/predictions.
+
+    A folder NAME each with the mask, volumes.csv, volumes.png and summary.json, which is written last and
+    marks the scan as finished; summary.csv beside them has a row for each that is.
+    """
+    folder = settings.out / "predictions"
+    busy = f"{folder}: another process is writing there; wait for it or choose another --out"
+    with locked(settings.out / ".predictions.lock", busy):
+        work = []
+        for name, file in scans.items():
+            status = file.stat()
+            made_from = {"file": str(file), "bytes": status.st_size, "modified": status.st_mtime_ns, "model": model}
+            made_from |= {"steps": progress.step, "best": progress.best, "largest": settings.largest_component}
+            summary = folder / name / "summary.json"
+            done = read_json(summary)["made_from"] if summary.exists() and not settings.overwrite else made_from
+            if done["file"] != made_from["file"]:
+                raise InputError(f"{summary.parent}: holds the results of {done['file']}; --overwrite replaces them")
+            if summary.exists() and not settings.overwrite and done == made_from:
+                print(f"{summary.parent}: finished; --overwrite starts anew")
+            else:
+                work.append((name, file, made_from))
+        if work:
+            print(f"{model}, {progress.step} steps, on {describe(device)}")
+        for name, file, made_from in tqdm(work, "scans", unit="scan", disable=not work):
+            (folder / name / "summary.json").unlink(missing_ok=True)
+            found = predict_scan(folder / name, file, network, settings, device)
+            write_json(folder / name / "summary.json", {"scan": name, **found, "made_from": made_from})
+            tqdm.write(_line(name, found))
+        rows = [read_json(path) for path in sorted(folder.glob("*/summary.json"))]
+        rows = [row | {name: row["made_from"][name] for name in ("model", "file")} for row in rows]
+        write_csv(folder / "summary.csv", [name for name in rows[0] if name != "made_from"], rows)
+    print(f"to look at: {folder}/*/volumes.png; all scans: {folder / 'summary.csv'}")
+
+
+def predict_scan(folder, file, network, settings, device):
+    """Segment one scan and write its mask, volumes.csv and volumes.png to `folder`.
+
+    Returns ED and ES (frames of the largest and the smallest LV, zero-based) and `heart_function`; None for
+    what a scan of one frame does not tell. Slices are made exactly as for the cache.
+    """
+    header, image = read_header(file, (3, 4)), read_image(file, (3, 4))
+    spacing, dimensions = spacing_of(header, file), image.ndim
+    image = image.reshape(*image.shape[:3], -1)
+    grid = Grid(image.shape[:2], spacing[:2], settings.size, settings.spacing)
+    slices = torch.from_numpy(standardise(image, grid)).unflatten(0, (image.shape[3], image.shape[2]))
+    labels = np.zeros(image.shape, np.uint8)
+    for frame, planes in enumerate(slices):
+        prediction = most_likely(regions_on_own_grid(network, planes[:, None].to(device).float(), grid))
+        labels[..., frame] = largest_component(prediction) if settings.largest_component else prediction
+    volumes = [
+        {region: volume_ml(labels[..., frame] == label, spacing) for region, label in LABELS.items()}
+        for frame in range(len(slices))
+    ]
+    cavity = [volume["LV"] for volume in volumes]
+    ed, es = int(np.argmax(cavity)), int(np.argmin(cavity))
+    found = heart_function({(p, region): volumes[f][region] for p, f in (("ED", ed), ("ES", es)) for region in LABELS})
+    found = {"ED": ed, "ES": es, **found}
+    if not cavity[ed]:
+        found = dict.fromkeys(found)
+    elif len(slices) == 1:  # no heartbeat: what needs ES is not known
+        found = {key: None if re.search("ES|SV|EF", key) else value for key, value in found.items()}
+    found = {key: None if value != value else value for key, value in found.items()}  # NaN is not JSON
+    found |= {"frames": len(slices), "frames_without_LV": cavity.count(0)}
+
+    times = _times(header, len(slices))
+    rows = [
+        {"frame": frame, "time_ms": time, **{f"{region}_ml": ml for region, ml in volume.items()}}
+        for frame, (time, volume) in enumerate(zip(times, volumes))
+    ]
+    write_labels(folder / f"{folder.name}_pred.nii.gz", labels if dimensions == 4 else labels[..., 0], file)
+    write_csv(folder / "volumes.csv", VOLUMES, rows)
+    draw_volumes(folder / "volumes.png", image, labels, rows, (ed, es), spacing, _line(folder.name, found))
+    return found
+
+
+def _times(header, frames):
+    """Time of each frame in ms, from the header's time step; None where it has none or not its unit."""
+    unit = {8: 1000, 16: 1, 24: 0.001}.get(int(header["xyzt_units"]) & 56)  # s, ms, microseconds
+    step = float(header["pixdim"][4])
+    known = unit and frames > 1 and 0 < step < float("inf")
+    return [frame * step * unit if known else None for frame in range(frames)]
+
+
+def _line(name, found):
+    """What was found, on one line."""
+    missing = f"; no LV in {found['frames_without_LV']} of {found['frames']} frames"
+    if found["ED"] is None:
+        return name + missing
+    text = f"{name}: ED {found['ED']}, EDV {found['LV_EDV_ml']:.1f} ml, mass {found['LV_mass_g']:.1f} g"
+    if found["ES"] is not None:
+        text += f", ES {found['ES']}, ESV {found['LV_ESV_ml']:.1f} ml, SV {found['LV_SV_ml']:.1f} ml"
+        text += f", EF {found['LV_EF_percent']:.1f} %"
+    return text + missing if found["frames_without_LV"] else text
+
+
+def draw_volumes(path, image, labels, rows, phases, spacing, title):
+    """volumes.png: the volumes over time, and three slices at ED and at ES with their contours.
+
+    image, labels: (X, Y, Z, T); rows: of volumes.csv; phases: frames of ED and ES.
+    """
+    figure = Figure((11, 4.2), layout="constrained")
+    curves, slices = figure.subfigures(1, 2, width_ratios=(1, 1))
+    times = [row["frame"] if row["time_ms"] is None else row["time_ms"] for row in rows]
+    axes = curves.subplots()
+    for region, colour in COLOURS.items():
+        axes.plot(times, [row[f"{region}_ml"] for row in rows], ".-", color=colour, label=region)
+    for phase, frame in zip(("ED", "ES"), dict.fromkeys(phases)):
+        axes.axvline(times[frame], color="gray", linewidth=0.8, linestyle=":")
+        axes.annotate(phase, (times[frame], 1), xycoords=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
+    axes.set(xlabel="frame" if rows[0]["time_ms"] is None else "time [ms]", ylabel="volume [ml]", ylim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    box, high = heart_box(labels, spacing), np.percentile(image, 99)
+    filled = np.flatnonzero(labels.any(axis=(0, 1, 3)))
+    shown = np.unique(np.round(np.quantile(filled if len(filled) else range(image.shape[2]), (0.15, 0.5, 0.85)))).astype(int)
+    frames = dict(zip(dict.fromkeys(phases), ("ED", "ES")))
+    for line, (frame, phase) in zip(slices.subplots(len(frames), len(shown), squeeze=False), frames.items()):
+        for axes, z in zip(line, shown):
+            show_slice(axes, image[..., z, frame][box], labels[..., z, frame][box], f"{phase}, slice {z}",
+                       vmin=0, vmax=high, aspect=spacing[1] / spacing[0])  # fmt: skip
+    figure.suptitle(title, fontsize=9)
+    save_figure(figure, path)

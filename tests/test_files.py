@@ -1,0 +1,304 @@
+"""Files that are whole or absent, locks, worker processes, and how a script ends."""
+
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cardiac import files
+from cardiac.files import (
+    InputError,
+    locked,
+    read_csv,
+    read_json,
+    replacing,
+    write_csv,
+    write_json,
+    write_text,
+)
+from cardiac.run import Terminated, choose_device, dataset_identity, describe, run_folder, script
+from cardiac.settings import Settings
+from cardiac.workers import worker_pool
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# -------------------------------------------------------------------------------------------------- writing
+
+
+def test_a_file_appears_whole_with_its_folder(tmp_path):
+    write_text(tmp_path / "new" / "text.md", "Dice µ\n")
+    assert (tmp_path / "new" / "text.md").read_text(encoding="utf-8") == "Dice µ\n"
+    assert names(tmp_path / "new") == ["text.md"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, Terminated])
+def test_what_fails_halfway_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "labels.nii.gz"
+    path.write_text("old")
+
+    def fail():
+        with replacing(path) as temporary:
+            assert temporary.suffixes == [".nii", ".gz"]
+            assert temporary.parent == path.parent
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["labels.nii.gz"]
+
+
+def test_what_a_killed_process_left_is_overwritten(tmp_path):
+    with replacing(tmp_path / "a.txt") as temporary:
+        temporary.write_text("left behind")
+        left = temporary.name
+    (tmp_path / left).write_text("left behind by a killed process")
+    write_text(tmp_path / "a.txt", "new")
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_content_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
+    order = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(files.os, "fsync", lambda handle: (order.append("fsync"), fsync(handle)))
+    monkeypatch.setattr(files.os, "replace", lambda a, b: (order.append("replace"), replace(a, b)))
+    write_text(tmp_path / "a.txt", "text")
+    assert order == ["fsync", "replace", "fsync"]
+
+
+def test_csv_there_and_back(tmp_path):
+    rows = [{"case": "A0", "dice": 0.5, "n": 3, "hd": math.nan}, {"case": "B, \"0\"", "dice": 1 / 3}]
+    write_csv(tmp_path / "a.csv", ("case", "dice", "n", "hd"), rows)
+    assert read_csv(tmp_path / "a.csv") == [
+        {"case": "A0", "dice": "0.500000", "n": "3", "hd": ""},
+        {"case": "B, \"0\"", "dice": "0.333333", "n": "", "hd": ""},
+    ]
+    assert b"\r" not in (tmp_path / "a.csv").read_bytes()
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\tx", "\rx"])
+def test_a_text_is_never_a_formula(tmp_path, text):
+    write_csv(tmp_path / "a.csv", ("case", "dice"), [{"case": text, "dice": -1.5}])
+    with open(tmp_path / "a.csv", newline="") as file:
+        _, (cell, number) = csv.reader(file)
+    assert cell == "'" + text
+    assert number == "-1.500000"
+
+
+def test_json_there_and_back(tmp_path):
+    write_json(tmp_path / "a.json", {"b": 1, "a": tmp_path})
+    assert read_json(tmp_path / "a.json") == {"b": 1, "a": str(tmp_path)}
+    (tmp_path / "a.json").write_text('{"b": ')
+    with pytest.raises(InputError, match="not readable as JSON"):
+        read_json(tmp_path / "a.json")
+
+
+# ---------------------------------------------------------------------------------------------------- locks
+
+HOLD = """
+import sys, time
+from cardiac.files import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock, which is killed in the end."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / ".lock"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_lock_is_held_by_one_process_and_dies_with_it(tmp_path, holder, capsys):
+    with pytest.raises(InputError, match="busy there"), locked(tmp_path / ".lock", "busy there"):
+        pytest.fail("two hold the lock")
+    holder.kill()
+    holder.wait()
+    with locked(tmp_path / ".lock", "busy there"):
+        assert capsys.readouterr().out == ""
+
+
+def test_waiting_for_a_lock_says_so(tmp_path, holder, capsys):
+    signal.signal(signal.SIGALRM, lambda *_: holder.kill())
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    with locked(tmp_path / ".lock", "waiting for it", wait=True):
+        assert capsys.readouterr().out == "waiting for it\n"
+
+
+# ----------------------------------------------------------------------------------------------- the folder
+
+
+def case(code, split="Training"):
+    return SimpleNamespace(code=code, split=split)
+
+
+def test_a_folder_is_refused_to_a_second_process(tmp_path):
+    settings = Settings(out=tmp_path)
+    with run_folder(settings, "registration", []), pytest.raises(InputError, match="another process"):
+        with run_folder(settings, "registration", []):
+            pytest.fail("two write there")
+
+
+def test_a_run_on_other_cases_is_refused_and_overwrite_starts_anew(tmp_path):
+    with run_folder(Settings(out=tmp_path), "registration", [case("A")]) as folder:
+        (folder / "last.pt").write_text("old")
+    with run_folder(Settings(out=tmp_path), "registration", [case("A")]) as folder:
+        assert (folder / "last.pt").exists()
+    with pytest.raises(InputError, match="another dataset"):
+        with run_folder(Settings(out=tmp_path), "registration", [case("A"), case("B")]):
+            pytest.fail("mixed two datasets")
+    with run_folder(Settings(out=tmp_path, overwrite=True), "registration", [case("A"), case("B")]) as folder:
+        assert names(folder) == ["config.json"]
+
+
+def test_a_dataset_is_told_by_splits_and_codes_in_any_order():
+    one = [case("A"), case("B", "Testing")]
+    assert dataset_identity(one) == dataset_identity(one[::-1])
+    assert dataset_identity(one) != dataset_identity([case("A", "Testing"), case("B")])
+
+
+# ------------------------------------------------------------------------------------------------- workers
+
+
+def square(number):
+    return number * number, os.getpid()
+
+
+def fail_at_three(number):
+    if number == 3:
+        raise InputError("number 3 is bad")
+    return number
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_results_come_in_order_from_as_many_processes(workers):
+    with worker_pool(workers, 9) as run:
+        results = list(run(square, ((k,) for k in range(9))))
+    assert [value for value, _ in results] == [k * k for k in range(9)]
+    processes = {process for _, process in results}
+    assert len(processes) <= workers
+    assert (os.getpid() in processes) == (workers == 1)
+
+
+def test_one_job_needs_no_process():
+    with worker_pool(8, 1) as run:
+        assert list(run(square, [(3,)])) == [(9, os.getpid())]
+
+
+def test_no_more_than_two_jobs_a_worker_wait():
+    taken = []
+    with worker_pool(2, 100) as run:
+        results = run(square, ((taken.append(k) or k,) for k in range(100)))
+        for k in range(5):
+            next(results)
+            assert len(taken) <= k + 1 + 4
+        results.close()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_in_a_worker_arrives_as_it_is(workers):
+    with pytest.raises(InputError, match="number 3 is bad"), worker_pool(workers, 6) as run:
+        list(run(fail_at_three, ((k,) for k in range(6))))
+
+
+PARENT = """
+import os, time
+from cardiac.workers import worker_pool
+if __name__ == "__main__":
+    with worker_pool(2, 2) as run:
+        results = run(os.getpid, [(), ()])
+        print(next(results), next(results), flush=True)
+        time.sleep(60)
+"""
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True)
+    workers = {int(word) for word in parent.stdout.readline().split()}
+    assert workers
+    parent.kill()
+    parent.wait()
+    for _ in range(200):
+        if not any(alive(process) for process in workers):
+            return
+        time.sleep(0.05)
+    pytest.fail("a worker outlived its parent")
+
+
+def alive(process):
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------ how a script ends
+
+
+def raising(error):
+    def main(argv):
+        raise error
+
+    return script(main)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (InputError("case A: bad"), 2, "case A: bad"),
+        (FileNotFoundError(2, "No such file or directory", "a.nii"), 2, "a.nii: No such file or directory"),
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (MemoryError(), 2, "out of memory"),
+        (torch.cuda.OutOfMemoryError(), 2, "--batch-size"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (Terminated(), 143, "terminated"),
+    ],
+)
+def test_what_ends_a_script_is_one_line_and_an_exit_code(error, code, text, capsys):
+    assert raising(error)([]) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert text in lines[0]
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        raising(ZeroDivisionError())([])
+
+
+def test_sigterm_ends_a_script_outside_training_too(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    assert script(lambda argv: signal.raise_signal(signal.SIGTERM))([]) == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_success_is_0():
+    assert script(lambda argv: None)([]) == 0
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+    assert describe(torch.device("cpu")).startswith("cpu (")
+    with pytest.raises(InputError, match="--device auto"):
+        choose_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto") == torch.device("cuda")

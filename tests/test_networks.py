@@ -1,0 +1,116 @@
+"""The two networks: shapes, widths of the papers, precision, and that training starts from the identity."""
+
+import pytest
+import torch
+from torch import nn
+
+from cardiac.networks import RegistrationNetwork, SegmentationNetwork, register, segment
+from cardiac.warp import integrate, resize_displacement
+
+
+def pair(*size):
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(2, 1, *size, generator=generator), torch.rand(2, 1, *size, generator=generator)
+
+
+def convolutions(module):
+    return [m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+
+
+@pytest.mark.parametrize("size", [(16, 16), (32, 48), (112, 112), (96, 64)])
+def test_shapes_at_every_multiple_of_16(size):
+    moving, fixed = pair(*size)
+    network = RegistrationNetwork()
+    assert network(moving, fixed).shape == (2, 2, size[0] // 2, size[1] // 2)
+    assert register(network, moving, fixed).shape == (2, 2, *size)
+    segmentation = SegmentationNetwork(2)
+    assert segmentation(moving).shape == (2, 4, *size)
+    assert segment(segmentation.eval(), moving).shape == (2, 4, *size)
+
+
+def test_registration_has_the_feature_widths_of_voxelmorph_and_stops_at_half_resolution():
+    network = RegistrationNetwork()
+    assert [(c.in_channels, c.out_channels) for c in convolutions(network)] == [
+        (2, 16), (16, 32), (32, 32), (32, 32),  # encoder
+        (32, 32), (64, 32), (64, 32), (64, 32),  # decoder, skips concatenated
+        (32, 32), (32, 16), (16, 16),  # last
+        (16, 2),  # velocity
+    ]  # fmt: skip
+    assert {c.kernel_size for c in convolutions(network)} == {(3, 3)}
+    assert {m.negative_slope for m in network.modules() if isinstance(m, nn.LeakyReLU)} == {0.2}
+    assert sum(p.numel() for p in network.parameters()) == 104_562
+
+
+def test_segmentation_has_the_channels_of_the_paper():
+    network = SegmentationNetwork()
+    assert [level[0].out_channels for level in network.down] == [32, 64, 128, 256, 512]
+    assert [(up.in_channels, up.out_channels) for up in network.up] == [
+        (512, 256), (256, 128), (128, 64), (64, 32)
+    ]  # fmt: skip
+    assert {c.kernel_size for c in convolutions(network.down)} == {(3, 3)}
+    assert (network.classify.in_channels, network.classify.out_channels) == (32, 4)
+    assert network.classify.kernel_size == (1, 1)
+    widths = [32, 64, 128, 256, 512]
+
+    def double(before, after):  # two 3x3 convolutions without bias, two batch norms
+        return 9 * before * after + 9 * after * after + 4 * after
+
+    expected = sum(double(a, b) for a, b in zip([1, *widths], widths))
+    expected += sum(4 * 2 * w * w + w + double(2 * w, w) for w in widths[:-1]) + 32 * 4 + 4
+    assert sum(p.numel() for p in network.parameters()) == expected
+
+
+@pytest.mark.parametrize("channels", [1, 2, 16])
+def test_segmentation_scales_with_its_first_level(channels):
+    widths = [level[0].out_channels for level in SegmentationNetwork(channels).down]
+    assert widths == [channels * 2**k for k in range(5)]
+
+
+def test_training_starts_from_the_identity():
+    torch.manual_seed(0)
+    network, (moving, fixed) = RegistrationNetwork(), pair(32, 32)
+    velocity = network(moving, fixed)
+    assert 0 < velocity.abs().max() < 1e-3
+    assert not network.velocity.bias.any()
+    assert network.velocity.weight.std().item() == pytest.approx(1e-5, rel=0.2)
+    displacement = resize_displacement(integrate(velocity), (32, 32))
+    assert displacement.abs().max() < 1e-2
+
+
+def test_velocity_is_computed_in_float32_under_autocast():
+    torch.manual_seed(0)
+    network, (moving, fixed) = RegistrationNetwork(), pair(32, 32)
+    nn.init.normal_(network.velocity.weight, std=0.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        velocity = network(moving, fixed)
+    assert velocity.dtype == torch.float32
+    rounded = velocity.bfloat16().float()
+    assert (velocity != rounded).float().mean() > 0.5, "the last convolution itself ran in bfloat16"
+    velocity.square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_swapping_the_slices_changes_the_velocity():
+    torch.manual_seed(0)
+    network, (moving, fixed) = RegistrationNetwork(), pair(32, 32)
+    assert not torch.allclose(network(moving, fixed), network(fixed, moving), atol=1e-9)
+
+
+def test_batches_do_not_change_what_inference_gives():
+    torch.manual_seed(0)
+    moving, fixed = torch.rand(5, 1, 32, 32), torch.rand(5, 1, 32, 32)
+    registration, segmentation = RegistrationNetwork(), SegmentationNetwork(2).eval()
+    nn.init.normal_(registration.velocity.weight, std=0.1)
+    whole, parts = (register(registration, moving, fixed, batch_size=n) for n in (64, 2))
+    torch.testing.assert_close(whole, parts, atol=1e-4, rtol=1e-4)
+    assert not whole.requires_grad
+    whole, parts = (segment(segmentation, moving, batch_size=n) for n in (64, 2))
+    torch.testing.assert_close(whole, parts, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(whole.sum(1), torch.ones(5, 32, 32))
+
+
+def test_every_parameter_learns():
+    moving, fixed = pair(32, 32)
+    for network, images in ((RegistrationNetwork(), (moving, fixed)), (SegmentationNetwork(2), (moving,))):
+        network(*images).square().sum().backward()
+        assert all(p.grad is not None and p.grad.any() for p in network.parameters() if p.dim() > 1)

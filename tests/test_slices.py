@@ -1,0 +1,208 @@
+"""What a step draws: the right frames of the right slice, with the labels that belong to them.
+
+Every slice of the cache here is filled with the number of its row, so that a batch tells where it comes from.
+"""
+
+import dataclasses
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from cardiac import slices as slices_module
+from cardiac.cache import Cache, CachedCase
+from cardiac.losses import IGNORED
+from cardiac.propagation import Propagated
+from cardiac.slices import LabelledSlices, Pairs, SliceStore, step_generator
+
+CPU = torch.device("cpu")
+SIDE = 16
+
+
+def cached(code, slices, frames, ed, es, first, first_label):
+    known = {field.name: None for field in dataclasses.fields(CachedCase)}
+    known.update(code=code, split="Training", vendor="A", ed=ed, es=es, shape=(20, 20, slices, frames))
+    return CachedCase(**{**known, "first": first, "first_label": first_label, "cropped": 0.0})
+
+
+LAST = cached("LAST", 3, 5, ed=4, es=1, first=0, first_label=0)  # ED is the last frame
+NONE = cached("NONE", 2, 4, None, None, first=15, first_label=None)
+FIRST = cached("FIRST", 1, 3, ed=0, es=2, first=23, first_label=6)
+CASES = [FIRST, NONE, LAST]  # not in the order of the file
+
+
+@pytest.fixture
+def cache(tmp_path):
+    path = tmp_path / "numbered.h5"
+    with h5py.File(path, "w") as file:
+        file["images"] = np.ones((26, SIDE, SIDE), np.float16) * np.arange(26).reshape(-1, 1, 1)
+        file["labels"] = np.ones((8, SIDE, SIDE), np.uint8) * np.arange(8, dtype=np.uint8).reshape(-1, 1, 1)
+    return Cache(path, tmp_path, "numbered", SIDE, 1.0, (LAST, NONE, FIRST))
+
+
+def origin(row):
+    """(case, frame, slice) of a row of the file."""
+    case = max((case for case in CASES if case.first <= row), key=lambda case: case.first)
+    return case, *divmod(row - case.first, case.slices)
+
+
+def draw_pairs(cache, labelled_share=0.5, steps=4, batch=256, **options):
+    """Rows of moving and fixed, their label rows and whether both are labelled, of some steps."""
+    pairs = Pairs(SliceStore(cache, options.get("cases", CASES), CPU), labelled_share)
+    for step in range(steps):
+        drawn = pairs.draw(batch, 0, step)
+        assert drawn.moving.shape == drawn.fixed.shape == (batch, 1, SIDE, SIDE)
+        assert drawn.moving.dtype == torch.float32
+        corners = (drawn.moving[:, 0], drawn.fixed[:, 0], drawn.moving_labels, drawn.fixed_labels)
+        values = [each[:, 0, 0].int().tolist() for each in corners]
+        yield from zip(*values, drawn.labelled.tolist())
+
+
+def expected_label(case, frame, z):
+    if not case.labelled or frame not in (case.ed, case.es):
+        return IGNORED
+    return int(case.label_rows(frame)[z])
+
+
+def test_a_pair_is_ed_and_another_frame_of_one_slice_either_way_round_with_its_own_labels(cache):
+    seen = set()
+    for moving, fixed, moving_label, fixed_label, labelled in draw_pairs(cache):
+        (case, a, z), (other_case, b, other_z) = origin(moving), origin(fixed)
+        assert (case.code, z) == (other_case.code, other_z)
+        assert a != b
+        assert moving_label == expected_label(case, a, z)
+        assert fixed_label == expected_label(case, b, z)
+        assert labelled == (case.labelled and {a, b} == {case.ed, case.es})
+        if case.labelled:
+            assert case.ed in (a, b)
+        seen.add((case.code, z, a, b))
+    for case in CASES:  # every frame, every slice, both directions
+        frames = [(a, b) for a in range(case.frames) for b in range(case.frames) if a != b]
+        allowed = [(a, b) for a, b in frames if not case.labelled or case.ed in (a, b)]
+        assert {key for key in seen if key[0] == case.code} == {
+            (case.code, z, a, b) for z in range(case.slices) for a, b in allowed
+        }
+
+
+def test_every_slice_is_as_likely_as_any_other(cache):
+    counts = {}
+    for moving, *_ in draw_pairs(cache, steps=12):
+        case, _, z = origin(moving)
+        counts[case.code, z] = counts.get((case.code, z), 0) + 1
+    assert len(counts) == 6
+    assert max(counts.values()) < 1.3 * min(counts.values())
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0.25), (0.5, 0.625), (1.0, 1.0)])
+def test_the_share_of_pairs_with_two_labels(cache, share, expected):
+    drawn = [labelled for *_, labelled in draw_pairs(cache, share, cases=[LAST])]
+    assert np.mean(drawn) == pytest.approx(expected, abs=0.06)  # by chance ED meets ES in 1 of 4
+
+
+def test_a_case_of_one_frame_is_paired_with_itself(cache):
+    still = dataclasses.replace(NONE, shape=(20, 20, 2, 1))
+    assert all(moving == fixed for moving, fixed, *_ in draw_pairs(cache, cases=[still]))
+
+
+def batch_of(source, seed, step):
+    drawn = source.draw(8, seed, step)
+    parts = dataclasses.astuple(drawn) if dataclasses.is_dataclass(drawn) else drawn
+    return [part.clone() for part in parts]
+
+
+@pytest.mark.parametrize("kind", ["pairs", "labelled"])
+def test_what_a_step_draws_depends_on_seed_and_step_alone(cache, kind):
+    def source():
+        store = SliceStore(cache, CASES, CPU)
+        return Pairs(store, 0.5) if kind == "pairs" else LabelledSlices(store)
+
+    one, other = source(), source()
+    torch.manual_seed(1)
+    forwards = [batch_of(one, 7, step) for step in range(5)]
+    torch.manual_seed(2)
+    backwards = [batch_of(other, 7, step) for step in reversed(range(5))][::-1]
+    for first, second in zip(forwards, backwards):
+        assert all(torch.equal(a, b) for a, b in zip(first, second))
+    others = (batch_of(one, *where)[0][:, 0, 0, 0] for where in ((7, 0), (7, 1), (8, 0), (1, 7)))
+    assert len({tuple(rows.tolist()) for rows in others}) == 4
+
+
+def test_generators_of_neighbouring_seeds_and_steps_differ():
+    states = {step_generator(seed, step).initial_seed() for seed in range(10) for step in range(100)}
+    assert len(states) == 1000
+
+
+@pytest.mark.parametrize("place", ["device", "host", "file"])
+def test_every_placement_gives_the_same_batches(cache, monkeypatch, place):
+    def batches():
+        store = SliceStore(cache, CASES, CPU)
+        sources = Pairs(store, 0.5), LabelledSlices(store)
+        return store.place, [batch_of(source, 0, step) for source in sources for step in range(3)]
+
+    _, expected = batches()
+    monkeypatch.setattr(slices_module, "_place", lambda size, device: place)
+    found_place, found = batches()
+    assert found_place == place
+    for one, other in zip(found, expected):
+        assert all(torch.equal(a, b) for a, b in zip(one, other))
+
+
+def test_slices_go_where_they_fit(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    cuda = torch.device("cuda")
+    assert [slices_module._place(size, cuda) for size in (500, 5000, 10**15)] == ["device", "host", "file"]
+    assert [slices_module._place(size, CPU) for size in (500, 10**15)] == ["device", "file"]
+
+
+@pytest.mark.parametrize("place", ["device", "host", "file"])
+def test_the_choice_is_printed_with_its_size(cache, monkeypatch, capsys, place):
+    monkeypatch.setattr(slices_module, "_place", lambda size, device: place)
+    SliceStore(cache, CASES, CPU, "training")
+    line = capsys.readouterr().out
+    assert line.startswith("training: 3 cases, 26 slices, 0.00 GB")
+    assert {"device": "on the device", "host": "in host memory", "file": "in the file"}[place] in line
+
+
+def drawn_slices(slices):
+    """{(row, label)} of many draws."""
+    images, labels = zip(*(slices.draw(64, 0, step) for step in range(6)))
+    images, labels = torch.cat(images)[:, 0, 0, 0].int(), torch.cat(labels)[:, 0, 0].int()
+    return set(zip(images.tolist(), labels.tolist()))
+
+
+EXPERT = {
+    (int(row), int(label))
+    for case in (LAST, FIRST)
+    for frame in (case.ed, case.es)
+    for row, label in zip(case.rows(frame), case.label_rows(frame))
+}
+
+
+def test_expert_slices_alone_come_with_their_own_labels(cache):
+    slices = LabelledSlices(SliceStore(cache, CASES, CPU))
+    assert len(slices) == slices.expert == 8
+    assert drawn_slices(slices) == EXPERT  # the empty one, filled with 0, is background and drawn like others
+
+
+def propagated(*where):
+    labels = np.ones((len(where), SIDE, SIDE), np.uint8) * np.arange(50, 50 + len(where)).reshape(-1, 1, 1)
+    return Propagated(labels.astype(np.uint8), list(where), np.ones(len(where), np.float32))
+
+
+def test_propagated_slices_are_drawn_beside_the_expert_ones_and_the_others_never(cache):
+    where = ("LAST", 0, 2), ("FIRST", 1, 0), ("LAST", 0, 0)  # slice 1 of LAST has no label at ED
+    slices = LabelledSlices(SliceStore(cache, CASES, CPU), propagated(*where))
+    assert (slices.expert, len(slices)) == (8, 11)
+    assert drawn_slices(slices) == EXPERT | {(2, 50), (24, 51), (0, 52)}
+
+
+def test_propagated_slices_of_patients_held_out_for_validation_are_left_out(cache):
+    where = ("FIRST", 1, 0), ("LAST", 0, 2), ("GONE", 3, 1)
+    slices = LabelledSlices(SliceStore(cache, [LAST], CPU), propagated(*where))
+    assert drawn_slices(slices) == {pair for pair in EXPERT if pair[0] < 15} | {(2, 51)}
+
+
+def test_an_empty_set_of_propagated_slices_changes_nothing(cache):
+    empty = Propagated(np.zeros((0, SIDE, SIDE), np.uint8), [], np.zeros(0, np.float32))
+    assert drawn_slices(LabelledSlices(SliceStore(cache, CASES, CPU), empty)) == EXPERT

@@ -1,0 +1,363 @@
+"""The training loop: resumed equals uninterrupted bit for bit, the schedule, and every way out."""
+
+import csv
+import dataclasses
+import math
+import os
+import signal
+
+import pytest
+import torch
+
+from cardiac import training
+from cardiac.files import InputError
+from cardiac.networks import RegistrationNetwork, SegmentationNetwork
+from cardiac.run import Terminated, script
+from cardiac.settings import TrainingSettings
+from cardiac.slices import step_generator
+from cardiac.training import fit, load_network, read_checkpoint, write_checkpoint
+
+CPU = torch.device("cpu")
+TIMING = {"seconds", "samples_per_second", "waiting_percent", "memory_gb"}
+
+
+def noise(step):
+    """Images and labels of a step."""
+    generator = step_generator(0, step)
+    images = torch.rand(2, 1, 16, 16, generator=generator)
+    return images, torch.randint(4, (2, 16, 16), generator=generator)
+
+
+class Task:
+    """Noise to segment, with batch norm in the network.
+
+    at: {step: what happens when it is drawn}; bad: steps whose loss is NaN; val_losses, scores: {steps done:
+    what validation gives}.
+    """
+
+    def __init__(self, at=None, bad=(), val_losses=None, scores=None):
+        torch.manual_seed(0)
+        self.network = SegmentationNetwork(1)
+        self.at, self.bad, self.val_losses, self.scores, self.drawn = at or {}, bad, val_losses, scores, []
+
+    def draw(self, step):
+        self.drawn.append(step)
+        if step in self.at:
+            self.at[step]()
+        return noise(step)
+
+    def losses(self, batch):
+        images, labels = batch
+        loss = torch.nn.functional.cross_entropy(self.network(images), labels)
+        if self.drawn[-1] in self.bad:
+            loss = loss * math.nan
+        return {"loss": loss, "half": loss / 2}
+
+    def validate(self):
+        assert not self.network.training
+        images, labels = noise(10**6)
+        loss = torch.nn.functional.cross_entropy(self.network(images), labels).item()
+        step = self.drawn[-1] + 1
+        return {
+            "val_loss": self.val_losses[step] if self.val_losses else loss,
+            "score": self.scores[step] if self.scores else -loss,
+        }
+
+
+def settings(**words):
+    words = {"steps_per_epoch": 4, "max_steps": 12, "batch_size": 2, "lr": 1e-2, "patience": 1, **words}
+    return TrainingSettings(**words)
+
+
+def train(folder, task=None, **words):
+    folder.mkdir(exist_ok=True)
+    return fit(task or Task(), settings(**words), folder, CPU, outcome="done")
+
+
+def without_timing(value):
+    """A checkpoint with tensors as bytes and without clocks: equal where runs are bit for bit equal."""
+    if isinstance(value, dict):
+        return {key: without_timing(part) for key, part in value.items() if key not in TIMING}
+    if isinstance(value, (list, tuple)):
+        return [without_timing(part) for part in value]
+    if isinstance(value, torch.Tensor):
+        return value.dtype, tuple(value.shape), value.contiguous().numpy().tobytes()
+    return value
+
+
+def log(folder):
+    with open(folder / "log.csv") as file:
+        return [{key: text for key, text in row.items() if key not in TIMING} for row in csv.DictReader(file)]
+
+
+def assert_equal_runs(one, other):
+    for name in ("last.pt", "best.pt"):
+        states = (torch.load(folder / name, weights_only=True) for folder in (one, other))
+        first, second = map(without_timing, states)
+        for part in first:
+            assert first[part] == second[part], f"{name}: {part}"
+    assert log(one) == log(other)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of 12 steps in 3 epochs that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert train(folder)
+    assert [row["step"] for row in log(folder)] == ["4", "8", "12"]
+    return folder
+
+
+def signalled(step, number):
+    """A task that gets a signal in the middle of a step."""
+    return Task({step: lambda: signal.raise_signal(number)})
+
+
+# ---------------------------------------------------------------------------- interrupted and gone on with
+
+
+@pytest.mark.parametrize("step", [0, 2, 3, 5, 10])
+def test_after_ctrl_c_at_any_step_the_run_ends_as_if_nothing_had_been(tmp_path, whole, step):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, signalled(step, signal.SIGINT))
+    assert read_checkpoint(tmp_path / "last.pt", CPU)["progress"]["step"] == step + 1  # finished, then saved
+    task = Task()
+    assert train(tmp_path, task)
+    assert task.drawn == list(range(step + 1, 12))
+    assert_equal_runs(tmp_path, whole)
+
+
+def test_interrupted_again_and_again(tmp_path, whole):
+    for step in (1, 4, 6, 9):
+        with pytest.raises(Terminated):
+            train(tmp_path, signalled(step, signal.SIGTERM))
+    assert train(tmp_path)
+    assert_equal_runs(tmp_path, whole)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 6, 8, 11])
+def test_max_steps_raised_goes_on_as_if_it_had_been_so_from_the_start(tmp_path, whole, steps):
+    train(tmp_path, max_steps=steps)
+    (tmp_path / "done").touch()
+    assert (tmp_path / "best.pt").exists()
+    assert log(tmp_path)[-1]["step"] == str(steps)
+    assert train(tmp_path)
+    assert not (tmp_path / "done").exists(), "what was made of the shorter run is out of date"
+    assert_equal_runs(tmp_path, whole)
+
+
+@pytest.mark.parametrize("steps", [2, 6])
+def test_a_good_score_where_max_steps_cut_an_epoch_is_forgotten_when_training_goes_on(tmp_path, steps):
+    scores = {2: 0.9, 4: 0.2, 6: 0.9, 8: 0.5}
+    for folder, stops in (("whole", [8]), ("parts", [steps, 8])):
+        for stop in stops:
+            train(tmp_path / folder, Task(scores=scores), max_steps=stop)
+    assert_equal_runs(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("every", [0, 1e9])
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, whole, monkeypatch, every):
+    monkeypatch.setattr(training, "SAVE_EVERY", every)  # seconds; epochs end with a checkpoint anyway
+
+    def crash():
+        raise OSError("as if killed")
+
+    with pytest.raises(OSError, match="as if killed"):
+        train(tmp_path, Task({6: crash}))
+    task = Task()
+    assert train(tmp_path, task)
+    assert task.drawn[0] == (6 if every == 0 else 4)
+    assert_equal_runs(tmp_path, whole)
+
+
+def test_another_seed_of_the_network_would_show(tmp_path, whole):
+    task = Task()
+    with torch.no_grad():
+        next(task.network.parameters()).mul_(1 + 1e-6)
+    train(tmp_path, task)
+    with pytest.raises(AssertionError):
+        assert_equal_runs(tmp_path, whole)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
+    assert train(tmp_path, max_steps=4)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    task = Task()
+    assert train(tmp_path, task, max_steps=4), "the outcome is still to be made"
+    (tmp_path / "done").touch()
+    assert not train(tmp_path, task, max_steps=4)
+    assert task.drawn == []
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "done"} == before
+    assert "finished at step 4" in capsys.readouterr().out
+
+
+def test_a_second_ctrl_c_leaves_at_once_without_saving(tmp_path):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    task = Task({2: twice})
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, task)
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_the_handlers_of_before_are_back_after_training(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    train(tmp_path, max_steps=1)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+ENDS = (signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")
+
+
+@pytest.mark.parametrize(("number", "code", "word"), ENDS)
+@pytest.mark.parametrize("argv", [[], ["--overwrite"]])
+def test_a_script_that_is_interrupted_says_how_to_go_on(tmp_path, capsys, number, code, word, argv):
+    main = script(lambda argv: train(tmp_path, signalled(1, number)))
+    assert main(argv) == code
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"{word}; the same command goes on from here" in line
+    assert ("without --overwrite" in line) == bool(argv), "with it the run would be removed"
+    assert read_checkpoint(tmp_path / "last.pt", CPU)["progress"]["step"] == 2
+
+
+# ------------------------------------------------------------------------------- steps, schedule, best, log
+
+
+def test_max_steps_overrides_epochs(tmp_path):
+    assert TrainingSettings(epochs=3, steps_per_epoch=5).total_steps == 15
+    for steps, folder in ((2, "less"), (7, "more")):
+        task = Task()
+        train(tmp_path / folder, task, epochs=1, max_steps=steps)
+        assert task.drawn == list(range(steps))
+
+
+def test_the_learning_rate_falls_to_a_tenth_after_epochs_without_a_lower_validation_loss(tmp_path):
+    losses = {4: 3.0, 8: 2.0, 12: 2.5, 16: 2.5, 20: 2.5, 24: 2.5}
+    train(tmp_path, Task(val_losses=losses), max_steps=24, patience=1)
+    rates = [float(row["lr"]) for row in log(tmp_path)]
+    assert rates == pytest.approx([1e-2] * 4 + [1e-3] * 2)
+
+
+@pytest.mark.parametrize("pause", [8, 13])
+def test_the_schedule_is_resumed_too(tmp_path, pause):
+    losses = dict.fromkeys(range(1, 17), 2.0)
+    for folder, stops in (("whole", [16]), ("parts", [pause, 16])):
+        for stop in stops:
+            train(tmp_path / folder, Task(val_losses=losses), max_steps=stop)
+    assert_equal_runs(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_best_holds_the_weights_of_the_best_score_and_last_those_of_the_end(tmp_path):
+    train(tmp_path, Task(scores={4: 0.2, 8: 0.7, 12: 0.5}))
+    best, last = (read_checkpoint(tmp_path / name, CPU)["progress"] for name in ("best.pt", "last.pt"))
+    assert (best["step"], best["best"]) == (8, 0.7)
+    assert (last["step"], last["best"]) == (12, 0.7)
+    network = SegmentationNetwork(1)
+    assert load_network(network, tmp_path / "best.pt", CPU).step == 8
+    assert not network.training
+    train(tmp_path / "eight", max_steps=8)
+    assert network.state_dict().keys() == Task().network.state_dict().keys()
+    expected = SegmentationNetwork(1)
+    load_network(expected, tmp_path / "eight" / "last.pt", CPU)
+    for one, other in zip(network.state_dict().values(), expected.state_dict().values()):
+        assert torch.equal(one, other)
+
+
+def test_the_log_has_a_row_an_epoch_with_means_of_the_losses(tmp_path, whole):
+    rows = log(whole)
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert {"epoch", "step", "lr", "loss", "half", "val_loss", "score"} == set(rows[0])
+    for row in rows:
+        assert float(row["half"]) == pytest.approx(float(row["loss"]) / 2, abs=2e-6)
+    losses = []
+
+    class Recorder(Task):
+        def losses(self, batch):
+            found = super().losses(batch)
+            losses.append(found["loss"].item())
+            return found
+
+    train(tmp_path, Recorder(), max_steps=4)
+    assert float(rows[0]["loss"]) == pytest.approx(sum(losses) / 4, abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------ what goes wrong
+
+
+@pytest.mark.parametrize(("bad", "kept"), [({5}, 4), ({7}, 4), ({8, 9}, 8)])
+def test_a_loss_that_is_not_finite_stops_with_the_step_named_and_keeps_last(tmp_path, bad, kept):
+    with pytest.raises(InputError, match=rf"not finite from step {min(bad) + 1} on"):
+        train(tmp_path, Task(bad=bad))
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert state["progress"]["step"] == kept
+    assert all(value.isfinite().all() for value in state["network"].values())
+    train(tmp_path / "good", max_steps=kept)
+    good = torch.load(tmp_path / "good" / "last.pt", weights_only=True)
+    assert without_timing(state["network"]) == without_timing(good["network"])
+
+
+def hostile():
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, ("executed",)
+
+    progress = dataclasses.asdict(training.Progress())
+    good = {"network": SegmentationNetwork(1).state_dict(), "progress": progress}
+    states = {
+        "code": Evil(),
+        "list": [1, 2],
+        "no network": {"progress": progress},
+        "progress is a list": {**good, "progress": [1]},
+        "progress has other fields": {**good, "progress": {"phase": 1}},
+        "step is a word": {**good, "progress": {"step": "many"}},
+        "no optimizer": good,
+        "weights are words": {**good, "network": dict.fromkeys(good["network"], "x")},
+        "weights are a number": {**good, "network": 3},
+        "wider": {**good, "network": SegmentationNetwork(2).state_dict()},
+        "other network": {**good, "network": RegistrationNetwork().state_dict()},
+    }
+    yield from states.items()
+    yield from {"empty": b"", "text": b"weights", "zip": b"PK\x03\x04"}.items()
+
+
+@pytest.mark.parametrize(("name", "state"), [pytest.param(*pair, id=pair[0]) for pair in hostile()])
+def test_a_checkpoint_of_a_stranger_is_one_clear_line_and_not_executed(tmp_path, monkeypatch, name, state):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "last.pt"
+    path.write_bytes(state) if isinstance(state, bytes) else torch.save(state, path)
+    with pytest.raises(InputError, match="last.pt: ") as caught:
+        train(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert "--overwrite" in str(caught.value)
+    assert not (tmp_path / "executed").exists()
+    if name != "no optimizer":  # which only training needs
+        with pytest.raises(InputError):
+            load_network(SegmentationNetwork(1), path, CPU)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_one_clear_line(tmp_path, whole, share):
+    content = (whole / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(content[: int(share * len(content))])
+    with pytest.raises(InputError, match="not a checkpoint"):
+        train(tmp_path)
+
+
+def test_without_a_checkpoint_the_script_to_run_before_is_named(tmp_path):
+    with pytest.raises(InputError, match="run the training script before"):
+        load_network(SegmentationNetwork(1), tmp_path / "best.pt", CPU)
+
+
+def test_a_checkpoint_is_whole_or_absent(tmp_path):
+    write_checkpoint(tmp_path / "last.pt", {"a": torch.zeros(3)})
+    before = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        write_checkpoint(tmp_path / "last.pt", {"a": lambda: None})
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_checkpoint_holds_plain_values(whole):
+    torch.load(whole / "last.pt", weights_only=True)  # anything else is refused
