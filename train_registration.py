@@ -7,6 +7,7 @@ cases of Validation and Testing: the label of ED warped to ES and compared with 
 import torch
 
 from cardiac import REGIONS, losses, networks, propagation, report
+from cardiac.augment import augment_pairs
 from cardiac.cache import open_cache
 from cardiac.files import write_csv
 from cardiac.metrics import dice
@@ -28,7 +29,8 @@ class Registration:
 
     def draw(self, step):
         """The pairs of slices of step `step`: a `PairBatch`."""
-        return self.pairs.draw(self.settings.batch_size, self.settings.seed, step)
+        batch = self.pairs.draw(self.settings.batch_size, self.settings.seed, step)
+        return augment_pairs(batch, self.settings.seed, step) if self.settings.augment else batch
 
     def losses(self, batch):
         """Image similarity + smoothness of the velocity + overlap of the labels (Balakrishnan et al., 2019).

@@ -7,6 +7,7 @@ look at Validation cases of vendors with training labels alone: the others stay 
 import torch
 
 from cardiac import LABELS, losses, networks, report
+from cardiac.augment import augment_slices
 from cardiac.cache import open_cache
 from cardiac.files import InputError, read_json
 from cardiac.metrics import dice
@@ -28,12 +29,18 @@ class Segmentation:
 
     def draw(self, step):
         """The slices and labels of step `step`."""
-        return self.slices.draw(self.settings.batch_size, self.settings.seed, step)
+        images, labels = self.slices.draw(self.settings.batch_size, self.settings.seed, step)
+        return augment_slices(images, labels, self.settings.seed, step) if self.settings.augment else (images, labels)
 
     def losses(self, batch):
-        """Cross-entropy over labelled pixels."""
+        """Cross-entropy over labelled pixels, and soft Dice where it has a weight."""
         images, labels = batch
-        return {"loss": losses.cross_entropy(self.network(images), labels)}
+        logits = self.network(images)
+        entropy = losses.cross_entropy(logits, labels)
+        if not self.settings.dice_weight:
+            return {"loss": entropy}
+        overlap = losses.soft_dice_loss(logits, labels)
+        return {"loss": entropy + self.settings.dice_weight * overlap, "entropy": entropy, "overlap": overlap}
 
     def validate(self):
         """Loss and Dice of LV, MYO and RV, by case and phase, for seen vendors; Dice of the others beside it.

@@ -1,7 +1,8 @@
-"""A random transform for every sample of a batch, on the device: how patients lie, and what scanners differ in.
+"""A random transform for every sample of a batch, on the device: how patients lie, and what scanners differ
+in.
 
-Every function draws from a CPU generator (`slices.step_generator`), so that the draws of a step are the same on every
-device, and takes a batch whole: no loop over samples.
+Every function draws from a CPU generator (`slices.step_generator`), so that the draws of a step are the same
+on every device, and takes a batch whole: no loop over samples.
 """
 
 import math
@@ -9,15 +10,16 @@ import math
 import torch
 import torch.nn.functional as F
 
+from cardiac.slices import PairBatch, step_generator
 from cardiac.warp import warp
 
 
 def spatial_displacement(generator, batch, size, device, rotation=180, scale=0.2, shift=0.08, elastic=2.0):
     """A displacement (B, 2, S, S), pixels: rotation, anisotropic scale, shift, mirror and an elastic part.
 
-    rotation: degrees to either side; scale: log of the largest factor; shift: share of the size; elastic: standard
-    deviation, pixels, of displacements drawn 8 x 8 and interpolated. Half of the samples are mirrored: hearts lie in
-    all orientations across scanners, and a mirrored one is as hard to outline.
+    rotation: degrees to either side; scale: log of the largest factor; shift: share of the size; elastic:
+    standard deviation, pixels, of displacements drawn 8 x 8 and interpolated. Half of the samples are
+    mirrored: hearts lie in all orientations across scanners, and a mirrored one is as hard to outline.
     """
     draw = torch.rand(6, batch, generator=generator) * 2 - 1
     angle = draw[0] * math.radians(rotation)
@@ -37,5 +39,60 @@ def spatial_displacement(generator, batch, size, device, rotation=180, scale=0.2
 
 
 def move(displacement, images, labels):
-    """Warp images (B, C, S, S) linearly and labels (B, K, S, S) uint8 by nearest neighbour; values stay labels."""
+    """Warp images (B, C, S, S) linearly and labels (B, K, S, S) uint8 by nearest neighbour: they stay labels.
+    """
     return warp(images, displacement), warp(labels, displacement, "nearest").to(torch.uint8)
+
+
+def vary_intensity(generator, images, gamma=0.5, contrast=0.3, bias=0.4, blur=1.0, noise=0.05):
+    """What scanners differ in, for images (B, C, S, S) in [0, 1]: the same draw for all C channels of a
+    sample.
+
+    gamma: log of the largest exponent of the contrast curve; contrast: largest relative change of gain, and
+    of offset; bias: log-amplitude of a smooth shading by the coils; blur: standard deviation, pixels; noise:
+    of a Rician magnitude, drawn anew for every pixel, last as in the scanner's chain.
+    """
+    batch, _, height, width = images.shape
+    device = images.device
+    draw = torch.rand(6, batch, 1, 1, 1, generator=generator)
+    coarse = torch.randn(batch, 1, 3, 3, generator=generator)
+    seed = torch.randint(2**31, (), generator=generator).item()
+    draw, coarse = draw.to(device, non_blocking=True), coarse.to(device, non_blocking=True)
+    spread = 2 * draw - 1
+
+    images = images.clamp(0, 1) ** torch.exp(spread[0] * gamma)
+    images = images * (1 + spread[1] * contrast) + spread[2] * contrast * 0.3
+    shading = F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False)
+    images = images * torch.exp(shading * (0.5 * bias * draw[3]))
+    sigma = blur * draw[4]
+    tap = torch.exp(-0.5 / (sigma**2).clamp(min=1e-2))  # three taps reach a standard deviation of a pixel
+    for shift in ((1, 0), (0, 1)):
+        before, after = (torch.roll(images, (s * shift[0], s * shift[1]), (2, 3)) for s in (-1, 1))
+        images = (images + tap * (before + after)) / (1 + 2 * tap)
+    pixels = torch.Generator(device).manual_seed(seed)  # many numbers: drawn where they are needed
+    real, imaginary = torch.randn(2, *images.shape, generator=pixels, device=device) * (noise * draw[5])
+    return torch.hypot(images + real, imaginary).clamp(0, 1.5)
+
+
+def augment_pairs(batch, seed, step):
+    """A `PairBatch` in which each pair, labels included, is moved by a displacement of its own."""
+    displacement = spatial_displacement(_generator(seed, step), len(batch.moving), *_where(batch.moving))
+    images = torch.cat([batch.moving, batch.fixed], 1)
+    images, labels = move(displacement, images, torch.stack([batch.moving_labels, batch.fixed_labels], 1))
+    return PairBatch(images[:, :1], images[:, 1:], labels[:, 0], labels[:, 1], batch.labelled)
+
+
+def augment_slices(images, labels, seed, step):
+    """Images (B, 1, S, S) and labels (B, S, S), each moved, and seen by a scanner of its own."""
+    generator = _generator(seed, step)
+    displacement = spatial_displacement(generator, len(images), *_where(images))
+    images, labels = move(displacement, images, labels[:, None])
+    return vary_intensity(generator, images), labels[:, 0]
+
+
+def _generator(seed, step):
+    return step_generator(seed, 2**31 + step)  # other draws than the choice of the step's slices
+
+
+def _where(images):
+    return images.shape[-1], images.device

@@ -31,6 +31,7 @@ CASES = (
 TABLE = ("model", *REGIONS, *VENDORS, "total")
 CLINICAL = ("model", "case", "vendor", "quantity", "measured", "reference")
 AGREEMENT = ("model", "quantity", "bias", "loa_low", "loa_high", "r", "mae", "n")
+FAILURE = ("model", "case", "phase", "region")  # what names one
 COMPARISON = ("group", "mean_difference", "low", "high", "p", "n")
 
 
@@ -192,7 +193,7 @@ class Results:
         if self.undefined:
             text += f" {self.undefined} scores are not defined (region absent from both masks) and left out."
         if self.failures:
-            names = [" ".join(row[name] for name in ("model", "case", "phase", "region")) for row in self.failures]
+            names = [" ".join(row[name] for name in FAILURE) for row in self.failures]
             more = f" and {len(names) - 8} more, see summary.json" if len(names) > 8 else ""
             text += f" {len(names)} failures (region in one mask alone, Dice 0): "
             text += f"{', '.join(names[:8])}{more}."
@@ -203,9 +204,9 @@ class Results:
         if not self.comparison:
             return ""
         found = self.comparison[0]
-        interval = f"{number(found['low'], '+.4f')} to {number(found['high'], '+.4f')}"
-        return (f"propagated - original: mean Dice {number(found['mean_difference'], '+.4f')} "
-                f"(95 % interval {interval}, bootstrap over {found['n']} patients; Wilcoxon {p_text(found['p'])})")  # fmt: skip
+        gain, low, high = (number(found[name], "+.4f") for name in ("mean_difference", "low", "high"))
+        return (f"propagated - original: mean Dice {gain} (95 % interval {low} to {high}, bootstrap over "
+                f"{found['n']} patients; Wilcoxon {p_text(found['p'])})")  # fmt: skip
 
 
 def table_row(model, rows, score="dice"):

@@ -68,3 +68,16 @@ def overlap_loss(warped, fixed, labelled):
 def cross_entropy(logits, labels):
     """Mean cross-entropy of logits (B, 4, H, W) and labels (B, H, W) over the pixels that are not IGNORED."""
     return F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORED)
+
+
+def soft_dice_loss(logits, labels):
+    """1 - soft Dice of LV, MYO and RV over the whole batch, logits (B, 4, H, W), labels (B, H, W); IGNORED
+    left out.
+
+    Milletari et al., 2016; over the batch, so that a slice without a region does not score 0 for it.
+    """
+    counted = (labels != IGNORED)[:, None]
+    probabilities = logits.float().softmax(1)[:, 1:] * counted
+    target = one_hot(labels)
+    shared = (probabilities * target).sum((0, 2, 3))
+    return 1 - (2 * shared / (probabilities + target).sum((0, 2, 3)).clamp(min=1e-6)).mean()

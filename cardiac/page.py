@@ -17,10 +17,12 @@ from PIL import Image
 
 from cardiac import LABELS, REGIONS
 from cardiac.cases import VENDORS, load_case
-from cardiac.evaluation import mean, number, p_text
+from cardiac.evaluation import FAILURE, mean, number, p_text
 from cardiac.files import write_text
 from cardiac.propagation import Propagated
 from cardiac.report import COLOURS, heart_box, labelled_cine, median_case, read_prediction
+
+PAIRED = "Difference of a patient's mean Dice; bootstrap over patients; p not corrected for so many rows."
 
 
 def write_report(folder, results, view, all_frames, propagation):
@@ -29,7 +31,6 @@ def write_report(folder, results, view, all_frames, propagation):
     view: codes to show beside the best, median and worst. all_frames: whether every frame was predicted.
     propagation: folder of propagated labels of this dataset, or None.
     """
-    title = f"{' and '.join(results.models)} on {results.split} of {results.cache.name}"
     chosen = {}
     for model in results.models:
         for rank, code in results.ranked(model).items():
@@ -37,22 +38,25 @@ def write_report(folder, results, view, all_frames, propagation):
     for code in view:
         chosen.setdefault(code, [])
     known = {case.code: case for case in results.cases}
-    shown = {code: _case_view(folder, results, known[code], why, all_frames) for code, why in chosen.items()}
-    sections = [
-        f"<h1>{escape(title)}</h1>",
-        _summary(results),
-        f"<h2>Table 1</h2>{_table(results.cells(results.table))}<p class=soft>{escape(results.caption())}</p>",
-        _largest(results),
-        _comparison(results),
-        f'<h2>Dice by region and vendor</h2>{_picture(folder / "dice.png", "Dice by region and vendor")}',
-        f"<h2>Volumes and function against the expert</h2>{_agreement(results)}",
-        _picture(folder / "bland_altman.png", "Bland-Altman plots of EDV, ESV and EF of the left ventricle"),
-        "<h2>Cases to look at</h2>" + _viewer("cases", list(shown.values())),
-        _propagation(results.cache, propagation),
-        _cases(results, list(shown)),
-    ]
+    views = [_case_view(folder, results, known[code], why, all_frames) for code, why in chosen.items()]
+    title = f"{' and '.join(results.models)} on {results.split} of {results.cache.name}"
+    caption = f"<p class=soft>{escape(results.caption())}</p>"
+    sections = {
+        "": f"<h1>{escape(title)}</h1>" + _summary(results),
+        "Table 1": _table(results.cells(results.table)) + caption,
+        "Table 1, largest components": _table(results.cells(results.table_largest)),
+        "Gain of the propagated labels": results.comparison
+        and _table(_comparison(results)) + f"<p class=soft>{PAIRED}</p>",
+        "Dice by region and vendor": _picture(folder / "dice.png", "Dice by region and vendor"),
+        "Volumes and function against the expert": _agreement(results)
+        + _picture(folder / "bland_altman.png", "Bland-Altman plots of LV EDV, LV ESV and LV EF"),
+        "Cases to look at": _viewer("cases", views),
+        "Propagated labels": _propagation(results.cache, propagation),
+        "All cases": _cases(results, list(chosen)),
+    }
+    body = "\n".join(f"<h2>{head}</h2>{text}" if head else text for head, text in sections.items() if text)
     template = Path(__file__).with_name("report.html").read_text()
-    parts = {"title": escape(title), "body": "\n".join(sections), "colours": json.dumps(COLOURS)}
+    parts = {"title": escape(title), "body": body, "colours": json.dumps(COLOURS)}
     write_text(folder / "report.html", re.sub("<!--(\\w+)-->", lambda found: parts[found[1]], template))
 
 
@@ -60,12 +64,15 @@ def write_report(folder, results, view, all_frames, propagation):
 
 
 def _table(lines, sortable=False):
-    """Rows of text, names first, as a table; cells that are a pair are (text, view to open)."""
+    """Rows of text, names first, as a table; a cell that is a pair is (text, which view to open)."""
     head, *rows = lines
-    names = [f'<button type="button">{escape(name)}</button>' if sortable else escape(name) for name in head]
-    body = ["<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows]
-    return (f'<div class="scroll" tabindex="0"><table><thead><tr><th scope="col">{"</th><th scope=col>".join(names)}'
-            f"</th></tr></thead><tbody>{''.join(body)}</tbody></table></div>")  # fmt: skip
+    if not rows:
+        return ""
+    button = '<button type="button">{}</button>' if sortable else "{}"
+    names = "".join(f'<th scope="col">{button.format(escape(name))}</th>' for name in head)
+    body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    table = f"<table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll" tabindex="0">{table}</div>'
 
 
 def _cell(cell):
@@ -78,11 +85,11 @@ def _summary(results):
     """The figures in large, and what was trained on what."""
     cards = {f"Dice, {row['model']}": number(row["total"]) for row in results.table}
     if results.comparison:
-        gain = results.comparison[0]
-        cards["gain in Dice of a patient"] = number(gain["mean_difference"], "+.3f")
-        cards["95 % interval of the gain"] = f"{number(gain['low'], '+.3f')} to {number(gain['high'], '+.3f')}"
-        cards[f"Wilcoxon, {gain['n']} patients"] = p_text(gain["p"])
+        _, n, gain, interval, p = _comparison(results)[1]
+        cards |= {"gain in Dice of a patient": gain, "95 % interval of the gain": interval}
+        cards[f"Wilcoxon, {n} patients"] = p
     cards["failures"] = str(len(results.failures))
+    boxes = "".join(f"<div><b>{escape(value)}</b>{escape(name)}</div>" for name, value in cards.items())
     labels = {"original": "expert labels of ED and ES", "propagated": "expert and propagated labels"}
     lines = [["network", "trained on", "dataset", "steps", "validation Dice", "slices"]]
     for model, run in results.trained.items():
@@ -90,69 +97,58 @@ def _summary(results):
         grid = f"{used['size']} x {used['size']} at {used['spacing']:g} mm"
         data = Path(used["data"]).name
         lines.append([model, labels[model], data, str(run["steps"]), number(run["best"]), grid])
-    vendors = [(vendor, sum(case.vendor == vendor for case in results.cases)) for vendor in VENDORS]
-    counts = ", ".join(f"{count} {vendor} ({VENDORS[vendor]})" for vendor, count in vendors if count)
-    boxes = "".join(f"<div><b>{escape(value)}</b>{escape(name)}</div>" for name, value in cards.items())
-    return (f'<div class="cards">{boxes}</div>{_table(lines)}'
-            f"<p class=soft>{len(results.cases)} cases by vendor: {escape(counts)}.</p>")  # fmt: skip
-
-
-def _largest(results):
-    if not results.largest:
-        return ""
-    lines = results.cells(results.table_largest)
-    return f"<h2>Table 1, the largest component of each region alone</h2>{_table(lines)}"
+    vendors = [case.vendor for case in results.cases]
+    counts = ", ".join(f"{vendors.count(v)} {v} ({VENDORS[v]})" for v in VENDORS if v in vendors)
+    text = f"<p class=soft>{len(vendors)} cases by vendor: {escape(counts)}.</p>"
+    return f'<div class="cards">{boxes}</div>{_table(lines)}{text}'
 
 
 def _comparison(results):
-    if not results.comparison:
-        return ""
+    """The rows of comparison.csv as text."""
     lines = [["patients", "n", "propagated - original", "95 % interval", "Wilcoxon"]]
     for row in results.comparison:
-        low, high = number(row["low"], "+.3f"), number(row["high"], "+.3f")
+        gain, low, high = (number(row[name], "+.3f") for name in ("mean_difference", "low", "high"))
         name = f"vendor {row['group']}" if row["group"] in VENDORS else row["group"]
-        interval = f"{low} to {high}" if low else ""
-        lines.append([name, str(row["n"]), number(row["mean_difference"], "+.3f"), interval, p_text(row["p"])])
-    return (f"<h2>Gain of the propagated labels</h2>{_table(lines)}<p class=soft>Paired difference of a patient's "
-            "mean Dice; bootstrap over patients; p is not corrected for the number of rows.</p>")  # fmt: skip
+        lines.append([name, str(row["n"]), gain, low and f"{low} to {high}", p_text(row["p"])])
+    return lines
 
 
 def _agreement(results):
-    lines = [["quantity", "network", "bias", "limits of agreement", "mean abs. error", "Pearson r", "n"]]
-    order = list(dict.fromkeys(row["quantity"] for row in results.agreement))
-    for row in sorted(results.agreement, key=lambda row: order.index(row["quantity"])):  # the models side by side
-        limits = f"{number(row['loa_low'], '+.1f')} to {number(row['loa_high'], '+.1f')}"
-        numbers = [number(row["bias"], "+.1f"), limits, number(row["mae"], ".1f"), number(row["r"], ".2f")]
-        lines.append([row["quantity"].replace("_", " "), row["model"], *numbers, str(row["n"])])
+    lines = [["quantity", "network", "bias", "limits of agreement", "mean abs. error", "r", "n"]]
+    for row in results.agreement:
+        bias, low, high = (number(row[name], "+.1f") for name in ("bias", "loa_low", "loa_high"))
+        rest = [number(row["mae"], ".1f"), number(row["r"], ".2f"), str(row["n"])]
+        name, limits = row["quantity"].replace("_", " "), low and f"{low} to {high}"
+        lines.append([name, row["model"], bias, limits, *rest])
     return _table(lines)
 
 
 def _cases(results, shown):
-    """The sortable table: a row a case, Dice and HD95 of every model and the ejection fraction."""
-    names = ("Dice", *REGIONS, "HD95 mm", "EF %")
-    models = results.models
-    lines = [["case", "vendor", "centre", "EF % expert", *(f"{name} {model}" for name in names for model in models)]]
-    fractions = {(row["model"], row["case"]): row for row in results.clinical if row["quantity"] == "LV_EF_percent"}
-    for case in results.cases:
-        code = (case.code, shown.index(case.code)) if case.code in shown else case.code
-        expert = fractions[models[0], case.code]["reference"]
-        columns = []
+    """The sortable table: a row a case, Dice, HD95 and ejection fraction of the models side by side."""
+    models, names = results.models, ("Dice", *REGIONS, "HD95 mm", "EF %")
+    columns = [f"{name} {model}" for name in names for model in models]
+    lines = [["case", "vendor", "centre", "EF % expert", *columns]]
+    fractions = {model: results.measured(model, "LV_EF_percent") for model in models}
+    for k, case in enumerate(results.cases):
+        found = []
         for model in models:
             own = [row for row in results.rows if (row["model"], row["case"]) == (model, case.code)]
-            column = [number(mean(row["dice"] for row in own))]
-            column += [number(mean(row["dice"] for row in own if row["region"] == region)) for region in REGIONS]
-            column.append(number(mean(row["hd95_mm"] for row in own), ".1f"))
-            columns.append([*column, number(fractions[model, case.code]["measured"], ".1f")])
-        pairs = [cell for cells in zip(*columns) for cell in cells]
-        lines.append([code, case.vendor, case.centre, number(expert, ".1f"), *pairs])
-    missed = [f"{row['model']}: {row['case']} {row['phase']} {row['region']}" for row in results.failures]
-    failed = f"<p class=soft>Failures (region in one mask alone): {escape(', '.join(missed))}.</p>" if missed else ""
-    return f"<h2>All cases</h2>{_table(lines, sortable=True)}{failed}"
+            scores = [own, *([row for row in own if row["region"] == region] for region in REGIONS)]
+            scores = [number(mean(row["dice"] for row in rows)) for rows in scores]
+            hd95, fraction = mean(row["hd95_mm"] for row in own), fractions[model][0][k]
+            found.append([*scores, number(hd95, ".1f"), number(fraction, ".1f")])
+        code = (case.code, shown.index(case.code)) if case.code in shown else case.code
+        start = [code, case.vendor, case.centre, number(fractions[models[0]][1][k], ".1f")]
+        lines.append(start + [cell for pair in zip(*found) for cell in pair])
+    missed = [" ".join(row[name] for name in FAILURE) for row in results.failures]
+    text = f"<p class=soft>Failures (region in one mask alone): {escape(', '.join(missed))}.</p>"
+    return _table(lines, sortable=True) + (text if missed else "")
 
 
 def _picture(path, text):
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<div class="scroll" tabindex="0"><img class="chart" src="data:image/png;base64,{data}" alt="{text}"></div>'
+    image = f'<img class="chart" src="data:image/png;base64,{data}" alt="{text}">'
+    return f'<div class="scroll" tabindex="0">{image}</div>'
 
 
 # ------------------------------------------------------------------------------- slices and contours
@@ -160,92 +156,95 @@ def _picture(path, text):
 
 def _viewer(name, views):
     data = json.dumps(views, separators=(",", ":")).replace("<", "\\u003c")  # no </script> in it
-    return (f'<script type="application/json" id="{name}-data">{data}</script>'
-            f'<div class="viewer" id="{name}" data-views="{name}-data"></div>')  # fmt: skip
+    script = f'<script type="application/json" id="{name}-data">{data}</script>'
+    return f'{script}<div class="viewer" id="{name}" data-views="{name}-data"></div>'
 
 
 def _case_view(folder, results, case, why, all_frames):
     """The view of a scored case: expert and predictions, at ED and ES or in every frame."""
     image, experts, _ = load_case(case)
+    low, high = np.percentile(image, (1, 99))
+    phases = {case.ed: "ED", case.es: "ES"}
+    frames = list(range(case.frames)) if all_frames else list(phases)
     sources = {"expert": experts}
-    frames = range(case.frames) if all_frames else (case.ed, case.es)
     for model in results.models:
         prediction = read_prediction(folder, model, case.code)
         sources[model] = {frame: prediction[..., frame] for frame in frames}
-    phases, notes = {case.ed: "ED", case.es: "ES"}, {}
+    images, names, notes = {}, {}, {}
     for frame in frames:
+        images[frame] = np.clip((image[..., frame] - low) / (high - low), 0, 1)
+        names[frame] = f"{frame} ({phases[frame]})" if frame in phases else str(frame)
         own = [row for row in results.rows if (row["case"], row["phase"]) == (case.code, phases.get(frame))]
-        notes[frame] = "; ".join(f"{row['model']} {row['region']} {number(row['dice'])}" for row in own)
-        notes[frame] = f"Dice: {notes[frame]}" if own else "no expert labels in this frame"
-    scores = [f"{model} {number(results.case_dice(model)[case.code])}" for model in results.models]
-    title = f"{case.code} (vendor {case.vendor}): {', '.join([*why, *scores])}"
-    low, high = np.percentile(image, (1, 99))
-    images = {frame: np.clip((image[..., frame] - low) / (high - low), 0, 1) for frame in frames}
-    names = {frame: f"{frame} ({phases[frame]})" if frame in phases else str(frame) for frame in frames}
-    return _view(title, case.spacing, images, sources, names, notes) | {"start": list(frames).index(case.ed)}
+        scores = [f"{row['model']} {row['region']} {number(row['dice'])}" for row in own]
+        notes[frame] = f"Dice: {'; '.join(scores)}" if own else "no expert labels in this frame"
+    why = [*why, *(f"{model} {number(results.case_dice(model)[case.code])}" for model in results.models)]
+    title = f"{case.code} (vendor {case.vendor}): {', '.join(why)}"
+    view = _view(case.spacing, images, sources, names, notes)
+    return view | {"title": title, "start": frames.index(case.ed)}
 
 
 def _propagation(cache, folder):
     """The cine of the case of median confidence, from ED to ES, and its confidence over time."""
-    cases = [case for case in cache.split("Training") if case.labelled]
     if folder is None or not (folder / "labels.h5").exists():
         return ""
     propagated = Propagated.read(folder / "labels.h5")
     if not propagated.where or propagated.labels.shape[-1] != cache.size:
         return ""
-    case = median_case(cases, propagated)
-    cine = labelled_cine(cache, case, propagated)
-    names, notes, curve = {}, {}, []
-    for frame in cine:
-        values = [c for (code, t, _), c in zip(propagated.where, propagated.confidence) if (code, t) == (case.code, frame)]
-        names[frame] = f"{frame} ({'propagated' if values else 'ED, expert' if frame == case.ed else 'ES, expert'})"
-        notes[frame] = f"confidence {np.mean(values):.3f}, {min(values):.3f} to {max(values):.3f} over slices" if values else ""
-        curve.append(float(np.mean(values)) if values else None)
-    images = {frame: np.moveaxis(slices, 0, -1) for frame, (slices, _) in cine.items()}
-    labels = {"labels": {frame: np.moveaxis(slices, 0, -1) for frame, (_, slices) in cine.items()}}
-    view = _view(f"{case.code} (vendor {case.vendor})", (cache.spacing,) * 2, images, labels, names, notes)
-    text = (f"{len(propagated.where)} slices of {len({code for code, _, _ in propagated.where})} patients were labelled "
-            f"by carrying ED's labels along; mean confidence {np.mean(propagated.confidence):.3f}. Shown is the "
-            "patient of median confidence: the Dice of ED's label with itself after ED to t and back.")  # fmt: skip
-    return f"<h2>Propagated labels</h2><p>{escape(text)}</p>{_viewer('propagation', [view | {'start': 0, 'curve': curve}])}"
+    case = median_case([case for case in cache.split("Training") if case.labelled], propagated)
+    confidence, images, labels, names, notes = {}, {}, {}, {}, {}
+    for (code, frame, _), value in zip(propagated.where, propagated.confidence):
+        if code == case.code:
+            confidence.setdefault(frame, []).append(float(value))
+    for frame, (slices, drawn) in labelled_cine(cache, case, propagated).items():
+        images[frame], labels[frame] = np.moveaxis(slices, 0, -1), np.moveaxis(drawn, 0, -1)
+        names[frame], notes[frame] = f"{frame} ({'ED' if frame == case.ed else 'ES'}, expert)", ""
+        if values := confidence.get(frame):
+            names[frame] = f"{frame} (propagated)"
+            low, high = min(values), max(values)
+            notes[frame] = f"confidence {mean(values):.3f}; {low:.3f} to {high:.3f} over slices"
+    view = _view((cache.spacing,) * 2, images, {"labels": labels}, names, notes)
+    view |= {"title": f"{case.code} (vendor {case.vendor})", "start": 0}
+    view["curve"] = [mean(confidence[frame]) if frame in confidence else None for frame in images]
+    slices, patients = len(propagated.where), len({code for code, _, _ in propagated.where})
+    text = (f"{slices} slices of {patients} patients were labelled by carrying ED's labels along. Confidence is the "
+            f"Dice of ED's label with itself after ED to t and back, {np.mean(propagated.confidence):.3f} on "
+            "average. Shown is the patient of median confidence.")  # fmt: skip
+    return f"<p>{escape(text)}</p>{_viewer('propagation', [view])}"
 
 
-def _view(title, spacing, images, sources, names, notes):
-    """What the page's viewer shows: images {frame: (X, Y, Z) in [0, 1]} and labels {source: {frame: (X, Y, Z)}},
-    cropped to the heart.
+def _view(spacing, images, sources, names, notes):
+    """What the page's viewer shows, cropped to the heart: images {frame: (X, Y, Z) in [0, 1]}, labels
+    {source: {frame: (X, Y, Z)}}, and of each frame its name and a note.
     """
-    box = heart_box(np.stack([labels for frames in sources.values() for labels in frames.values()], -1), spacing)
-    first = next(iter(images.values()))[box]
+    box = heart_box(np.stack([labels for own in sources.values() for labels in own.values()], -1), spacing)
     frames = []
     for frame, image in images.items():
         contours = {
-            source: [[_outline(labels[frame][..., z][box] == label) for label in LABELS.values()]
-                     for z in range(first.shape[2])]
-            for source, labels in sources.items() if frame in labels
-        }  # fmt: skip
+            source: [[_outline(plane == label) for label in LABELS.values()] for plane in own[frame][box].T]
+            for source, own in sources.items()
+            if frame in own
+        }
         picture = {"name": names[frame], "note": notes[frame], "image": _strip(image[box])}
         frames.append(picture | {"contours": contours})
-    size = {"width": first.shape[0], "height": first.shape[1], "slices": first.shape[2]}
-    pixel = {"x_mm": spacing[0], "y_mm": spacing[1]}
-    return {"title": title, **size, **pixel, "sources": list(sources), "frames": frames}
+    size = dict(zip(("width", "height", "slices"), image[box].shape))
+    return {**size, "x_mm": spacing[0], "y_mm": spacing[1], "sources": list(sources), "frames": frames}
 
 
 def _strip(image):
     """The slices of an image (X, Y, Z) in [0, 1], one below the other, as a data URI: a JPEG a frame."""
-    rows = np.concatenate([plane.T for plane in np.moveaxis(image, -1, 0)])
     buffer = io.BytesIO()
-    Image.fromarray(np.uint8(np.round(255 * rows))).save(buffer, "JPEG", quality=85)
+    Image.fromarray(np.uint8(np.round(255 * np.concatenate(image.T)))).save(buffer, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _outline(mask):
-    """The outline of a mask (X, Y) as the path of an SVG, in half pixels, through the middles of pixel edges."""
+    """The outline of a mask (Y, X) as the path of an SVG, in half pixels, through the middles of pixel edges.
+    """
     path = ""
-    for line in contour_generator(z=np.pad(mask, 1).T.astype(float)).lines(0.5):
+    for line in contour_generator(z=np.pad(mask, 1).astype(float)).lines(0.5):
         points = np.rint(2 * line - 1).astype(int)  # the centre of pixel 0, padded to 1, lies at 1
         steps = np.diff(points, axis=0)
         turns = np.flatnonzero((steps[1:] != steps[:-1]).any(1)) + 1
-        x, y = points[0]
         corners = np.diff(points[[0, *turns]], axis=0)
-        path += f"M{x} {y}l{' '.join(f'{dx} {dy}' for dx, dy in corners)}z"
+        path += "M{} {}l".format(*points[0]) + " ".join(f"{dx} {dy}" for dx, dy in corners) + "z"
     return path

@@ -2,7 +2,6 @@
 
 import collections
 import re
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from cardiac.evaluation import heart_function, regions_on_own_grid
 from cardiac.files import InputError, locked, read_json, write_csv, write_json
 from cardiac.metrics import largest_component, volume_ml
 from cardiac.nifti import write_labels
-from cardiac.report import COLOURS, draw_contours, heart_box, save_figure, show_slice
+from cardiac.report import COLOURS, heart_box, save_figure, show_slice
 from cardiac.run import describe
 
 VOLUMES = ("frame", "time_ms", *(f"{region}_ml" for region in REGIONS))
@@ -27,8 +26,8 @@ NOT_IMAGES = ("_gt", "_pred")  # labels beside the images: the expert's, and our
 def find_scans(paths):
     """{name: file} of NIfTI files and of those in folders, however deep; names are fit for a folder each.
 
-    Files of labels (*_gt, *_pred) are left out of folders. Raises InputError for a folder without NIfTI files, and
-    for a file that is not there or whose header tells that it cannot be segmented.
+    Files of labels (*_gt, *_pred) are left out of folders. Raises InputError for a folder without NIfTI
+    files, and for a file that is not there or whose header tells that it cannot be segmented.
     """
     files = []
     for path in paths:
@@ -48,7 +47,7 @@ def find_scans(paths):
         spacing_of(read_header(file, (3, 4)), file)
         name = _stem(file) if stems[_stem(file)] == 1 else f"{file.parent.name}_{_stem(file)}"
         if name in scans:
-            raise InputError(f"{shown(file)}: would overwrite the results of {shown(scans[name])}; rename one")
+            raise InputError(f"{shown(file)}: has the same name as {shown(scans[name])}; rename one")
         scans[name] = file
     return scans
 
@@ -71,14 +70,15 @@ def predict_scans(scans, model, network, progress, settings, device):
         work = []
         for name, file in scans.items():
             status = file.stat()
-            made_from = {"file": str(file), "bytes": status.st_size, "modified": status.st_mtime_ns, "model": model}
-            made_from |= {"steps": progress.step, "best": progress.best, "largest": settings.largest_component}
+            made_from = {"file": str(file), "bytes": status.st_size, "modified": status.st_mtime_ns}
+            made_from |= {"model": model, "steps": progress.step, "best": progress.best}
+            made_from |= {"largest_component": settings.largest_component}
             summary = folder / name / "summary.json"
-            done = read_json(summary)["made_from"] if summary.exists() and not settings.overwrite else made_from
-            if done["file"] != made_from["file"]:
-                raise InputError(f"{summary.parent}: holds the results of {done['file']}; --overwrite replaces them")
-            if summary.exists() and not settings.overwrite and done == made_from:
+            done = read_json(summary)["made_from"] if summary.exists() and not settings.overwrite else None
+            if done == made_from:
                 print(f"{summary.parent}: finished; --overwrite starts anew")
+            elif done and done["file"] != str(file):
+                raise InputError(f"{summary.parent}: made from {done['file']}; --overwrite replaces it")
             else:
                 work.append((name, file, made_from))
         if work:
@@ -115,7 +115,8 @@ def predict_scan(folder, file, network, settings, device):
     ]
     cavity = [volume["LV"] for volume in volumes]
     ed, es = int(np.argmax(cavity)), int(np.argmin(cavity))
-    found = heart_function({(p, region): volumes[f][region] for p, f in (("ED", ed), ("ES", es)) for region in LABELS})
+    phases = {"ED": ed, "ES": es}
+    found = heart_function({(p, region): volumes[t][region] for p, t in phases.items() for region in REGIONS})
     found = {"ED": ed, "ES": es, **found}
     if not cavity[ed]:
         found = dict.fromkeys(found)
@@ -161,24 +162,27 @@ def draw_volumes(path, image, labels, rows, phases, spacing, title):
     image, labels: (X, Y, Z, T); rows: of volumes.csv; phases: frames of ED and ES.
     """
     figure = Figure((11, 4.2), layout="constrained")
-    curves, slices = figure.subfigures(1, 2, width_ratios=(1, 1))
+    curves, pictures = figure.subfigures(1, 2, width_ratios=(1, 1))
     times = [row["frame"] if row["time_ms"] is None else row["time_ms"] for row in rows]
     axes = curves.subplots()
     for region, colour in COLOURS.items():
         axes.plot(times, [row[f"{region}_ml"] for row in rows], ".-", color=colour, label=region)
     for phase, frame in zip(("ED", "ES"), dict.fromkeys(phases)):
         axes.axvline(times[frame], color="gray", linewidth=0.8, linestyle=":")
-        axes.annotate(phase, (times[frame], 1), xycoords=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
-    axes.set(xlabel="frame" if rows[0]["time_ms"] is None else "time [ms]", ylabel="volume [ml]", ylim=(0, None))
+        axes.text(times[frame], 1, phase, transform=axes.get_xaxis_transform(), ha="center", va="bottom")
+    unit = "frame" if rows[0]["time_ms"] is None else "time [ms]"
+    axes.set(xlabel=unit, ylabel="volume [ml]", ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    box, high = heart_box(labels, spacing), np.percentile(image, 99)
-    filled = np.flatnonzero(labels.any(axis=(0, 1, 3)))
-    shown = np.unique(np.round(np.quantile(filled if len(filled) else range(image.shape[2]), (0.15, 0.5, 0.85)))).astype(int)
+    box = heart_box(labels, spacing)
+    filled = np.flatnonzero(labels.any(axis=(0, 1, 3))) if labels.any() else np.arange(image.shape[2])
+    slices = np.unique(filled[np.round(np.array((0.15, 0.5, 0.85)) * (len(filled) - 1)).astype(int)])
     frames = dict(zip(dict.fromkeys(phases), ("ED", "ES")))
-    for line, (frame, phase) in zip(slices.subplots(len(frames), len(shown), squeeze=False), frames.items()):
-        for axes, z in zip(line, shown):
-            show_slice(axes, image[..., z, frame][box], labels[..., z, frame][box], f"{phase}, slice {z}",
-                       vmin=0, vmax=high, aspect=spacing[1] / spacing[0])  # fmt: skip
+    grid = pictures.subplots(len(frames), len(slices), squeeze=False)
+    look = {"vmax": np.percentile(image, 99), "aspect": spacing[1] / spacing[0]}
+    for line, (frame, phase) in zip(grid, frames.items()):
+        for axes, z in zip(line, slices):
+            plane, contours = image[..., z, frame][box], labels[..., z, frame][box]
+            show_slice(axes, plane, contours, f"{phase}, slice {z}", **look)
     figure.suptitle(title, fontsize=9)
     save_figure(figure, path)

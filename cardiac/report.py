@@ -42,7 +42,7 @@ def show_slice(axes, image, labels=None, title=None, **options):
 def draw_contours(axes, labels, **options):
     """Contours of LV, MYO and RV of labels (X, Y), LV last: it shares its border with MYO."""
     for region in reversed(REGIONS):
-        mask = labels.T == LABELS[region]
+        mask = (labels == LABELS[region]).T
         if mask.any() and not mask.all():
             axes.contour(mask, [0.5], colors=COLOURS[region], **{"linewidths": 1, **options})
 
@@ -78,8 +78,9 @@ def draw_registration(path, network, store, count=4):
     grid = figure.subplots(len(cases), 7, squeeze=False)
     for axes, case in zip(grid, cases):
         z = case.slices // 2
-        moving, fixed = (store.images(torch.from_numpy(case.rows(frame)[z : z + 1])) for frame in (case.ed, case.es))
-        labels, target = (store.labels[case.label_rows(frame)[z]].cpu().numpy() for frame in (case.ed, case.es))
+        phases = case.ed, case.es
+        moving, fixed = (store.images(torch.from_numpy(case.rows(frame)[z : z + 1])) for frame in phases)
+        labels, target = (store.labels[case.label_rows(frame)[z]].cpu().numpy() for frame in phases)
         displacement = register(network, moving, fixed)
         warped = warp(moving, displacement)[0, 0].cpu().numpy()
         determinant = jacobian_determinant(displacement)[0].cpu().numpy()
@@ -152,7 +153,8 @@ def draw_bland_altman(path, results):
         for axes, quantity in zip(line, ("LV_EDV_ml", "LV_ESV_ml", "LV_EF_percent")):
             measured, reference = results.measured(model, quantity)
             difference, place = measured - reference, {"model": model, "quantity": quantity}.items()
-            axes.plot((measured + reference) / 2, difference, "o", color=MODEL_COLOURS[model], alpha=0.7, ms=4)
+            style = {"color": MODEL_COLOURS[model], "alpha": 0.7, "markersize": 4}
+            axes.plot((measured + reference) / 2, difference, "o", **style)
             (found,) = (row for row in results.agreement if place <= row.items())
             for name, style in (("bias", "-"), ("loa_low", "--"), ("loa_high", "--")):
                 axes.axhline(found[name], color="black", linestyle=style, linewidth=0.9)
@@ -276,7 +278,8 @@ def print_quality(rows):
         print(f"ED -> ES on {split}, {len(part) // len(REGIONS)} cases, 3-D on their own grids:")
         for name in (*REGIONS, "mean"):
             chosen = [row for row in part if name in (row["region"], "mean")]
-            means = {key: np.nanmean([row[key] for row in chosen]) for key in chosen[0] if key[:4] in ("dice", "hd95")}
+            names = [key for key in chosen[0] if key[:4] in ("dice", "hd95")]
+            means = {key: np.nanmean([row[key] for row in chosen]) for key in names}
             print(f"  {name:4}  Dice {means['dice_before']:.3f} -> {means['dice_after']:.3f}   "
                   f"HD95 {means['hd95_mm_before']:5.1f} -> {means['hd95_mm_after']:5.1f} mm")  # fmt: skip
         folding = np.mean([row["folding_percent"] for row in part])

@@ -56,6 +56,8 @@ class TrainingSettings(Settings):
     max_steps: int = setting(None, "stop each network after so many steps in all; overrides --epochs")
     batch_size: int = setting(16, "slices (segmentation) or pairs of slices (registration) a step")
     lr: float = setting(1e-3, "learning rate of Adam")
+    augment: bool = setting(False, "a random transform for every sample (`augment.py`)")
+    averaging: float = setting(0.0, "decay of the running average of the weights that is validated and kept; 0: none")
     patience: int = setting(10, "epochs without a lower validation loss before the learning rate is cut to a tenth")
 
     @property
@@ -68,6 +70,7 @@ class TrainingSettings(Settings):
 class RegistrationSettings(TrainingSettings):
     """`train_registration.py`."""
 
+    STRONG: ClassVar = {"augment": True, "averaging": 0.998}
     similarity: str = setting("mse", "image term of the loss", choices=("mse", "ncc"))
     smoothness: float = setting(0.01, "weight of the velocity's diffusion (1.0 goes with ncc)")
     dice_weight: float = setting(0.05, "weight of the labels' overlap where both slices have expert labels")
@@ -88,6 +91,8 @@ class PropagationSettings(Settings):
 class SegmentationSettings(TrainingSettings):
     """`train_segmentation.py`."""
 
+    STRONG: ClassVar = {"augment": True, "averaging": 0.99, "dice_weight": 1.0}
+    dice_weight: float = setting(0.0, "weight of the soft Dice loss beside the cross-entropy")
     labels: str = setting("both", "labels to train on", choices=("original", "propagated", "both"))
     channels: int = setting(32, "channels of the U-Net's first level")
 

@@ -60,9 +60,11 @@ def fit(task, settings, folder, device, outcome="curves.png"):
     network = task.network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), lr=settings.lr)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=settings.patience)
+    average = WeightAverage(network, settings.averaging)
     progress = Progress()
     if (folder / "last.pt").exists():
-        progress = _resume(folder / "last.pt", network, optimizer, schedule, device)
+        parts = {"network": network, "optimizer": optimizer, "schedule": schedule, "average": average}
+        progress = _resume(folder / "last.pt", device, parts)
     total = settings.total_steps
     if progress.step >= total:
         print(f"{folder}: finished at step {progress.step}; a larger --max-steps or --epochs goes on", flush=True)
@@ -70,14 +72,12 @@ def fit(task, settings, folder, device, outcome="curves.png"):
     (folder / outcome).unlink(missing_ok=True)
     # the last epoch of a run that --max-steps cut short goes on as if it had not been
     progress.rows = [row for row in progress.rows if row["step"] % settings.steps_per_epoch == 0]
-    if not progress.rows:
-        progress.best = -math.inf
 
     def save(name="last.pt"):
         meter.read()
-        state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-        state |= {"schedule": schedule.state_dict(), "progress": dataclasses.asdict(progress)}
-        write_checkpoint(folder / name, state)
+        parts = {"network": network, "optimizer": optimizer, "schedule": schedule, "average": average}
+        state = {part: holder.state_dict() for part, holder in parts.items()}
+        write_checkpoint(folder / name, {**state, "progress": dataclasses.asdict(progress)})
 
     meter = Meter(progress, total, settings.batch_size, device)
     with deferred_signals() as leave_if_asked, meter.bar:
@@ -91,13 +91,14 @@ def fit(task, settings, folder, device, outcome="curves.png"):
             losses["loss"].backward()
             optimizer.step()
             progress.step += 1
+            average.update(progress.step)
             meter.add(losses)
 
             epoch_ends = progress.step % settings.steps_per_epoch == 0
             if epoch_ends or progress.step == total:
                 means = meter.read()
                 network.eval()
-                with torch.no_grad():
+                with torch.no_grad(), average.applied():
                     scores = task.validate()
                 learning_rate = optimizer.param_groups[0]["lr"]
                 progress.rows.append(
@@ -113,10 +114,10 @@ def fit(task, settings, folder, device, outcome="curves.png"):
                 if epoch_ends:
                     schedule.step(scores["val_loss"])
                     meter.restart()
-                # within an epoch --max-steps makes a best.pt only where there is none: the run may go on
-                if scores["score"] > progress.best and (epoch_ends or len(progress.rows) == 1):
+                if scores["score"] > progress.best:
                     progress.best = scores["score"]
-                    save("best.pt")
+                    with average.applied():
+                        save("best.pt")
                 write_csv(folder / "log.csv", list(progress.rows[-1]), progress.rows)
                 meter.show(scores)
                 save()
@@ -124,6 +125,52 @@ def fit(task, settings, folder, device, outcome="curves.png"):
                 save()
             leave_if_asked(save)
     return True
+
+
+class WeightAverage:
+    """Running average of a network's weights and batch statistics (Polyak & Juditsky, 1992); decay 0 keeps
+    none.
+
+    It is the average that is validated and kept as best.pt: it generalises as after a learning rate cut.
+    """
+
+    def __init__(self, network, decay):
+        self.network, self.decay, self.average = network, decay, {}
+
+    def update(self, step):
+        """Count the weights after `step` steps; the decay grows to its full value, to forget the start
+        sooner.
+        """
+        if not self.decay:
+            return
+        decay = min(self.decay, step / (step + 10))
+        for name, value in self.network.state_dict().items():
+            kept = self.average.get(name)
+            if kept is None or not value.is_floating_point():
+                self.average[name] = value.clone()
+            else:
+                kept.lerp_(value, 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self):
+        """Put the average in the network for the block, where there is one."""
+        if not self.average:
+            yield
+            return
+        current = {name: value.clone() for name, value in self.network.state_dict().items()}
+        self.network.load_state_dict(self.average)
+        try:
+            yield
+        finally:
+            self.network.load_state_dict(current)
+
+    def state_dict(self):
+        """For the checkpoint."""
+        return self.average
+
+    def load_state_dict(self, state):
+        """From the checkpoint."""
+        self.average = dict(state)
 
 
 class Meter:
@@ -263,9 +310,9 @@ def _restore(path, state, **parts):
             raise InputError(f"{path}: {what}; start anew with --overwrite") from error
 
 
-def _resume(path, network, optimizer, schedule, device):
+def _resume(path, device, parts):
     state = read_checkpoint(path, device)
-    _restore(path, state, network=network, optimizer=optimizer, schedule=schedule)
+    _restore(path, state, **parts)
     progress = Progress(**state["progress"])
     print(f"{path}: going on from step {progress.step}", flush=True)
     return progress

@@ -87,7 +87,7 @@ def test_csv_there_and_back(tmp_path):
     assert b"\r" not in (tmp_path / "a.csv").read_bytes()
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\tx", "\rx"])
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\tx"])
 def test_a_text_is_never_a_formula(tmp_path, text):
     write_csv(tmp_path / "a.csv", ("case", "dice"), [{"case": text, "dice": -1.5}])
     with open(tmp_path / "a.csv", newline="") as file:
@@ -118,7 +118,8 @@ with locked(sys.argv[1]):
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds the lock, which is killed in the end."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / ".lock"], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", HOLD, tmp_path / ".lock"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -150,9 +151,9 @@ def case(code, split="Training"):
 
 def test_a_folder_is_refused_to_a_second_process(tmp_path):
     settings = Settings(out=tmp_path)
-    with run_folder(settings, "registration", []), pytest.raises(InputError, match="another process"):
-        with run_folder(settings, "registration", []):
-            pytest.fail("two write there")
+    refused = pytest.raises(InputError, match="another process")
+    with run_folder(settings, "registration", []), refused, run_folder(settings, "registration", []):
+        pytest.fail("two write there")
 
 
 def test_a_run_on_other_cases_is_refused_and_overwrite_starts_anew(tmp_path):
@@ -160,10 +161,11 @@ def test_a_run_on_other_cases_is_refused_and_overwrite_starts_anew(tmp_path):
         (folder / "last.pt").write_text("old")
     with run_folder(Settings(out=tmp_path), "registration", [case("A")]) as folder:
         assert (folder / "last.pt").exists()
-    with pytest.raises(InputError, match="another dataset"):
-        with run_folder(Settings(out=tmp_path), "registration", [case("A"), case("B")]):
-            pytest.fail("mixed two datasets")
-    with run_folder(Settings(out=tmp_path, overwrite=True), "registration", [case("A"), case("B")]) as folder:
+    others = [case("A"), case("B")]
+    refused = pytest.raises(InputError, match="another dataset")
+    with refused, run_folder(Settings(out=tmp_path), "registration", others):
+        pytest.fail("mixed two datasets")
+    with run_folder(Settings(out=tmp_path, overwrite=True), "registration", others) as folder:
         assert names(folder) == ["config.json"]
 
 
@@ -176,35 +178,24 @@ def test_a_dataset_is_told_by_splits_and_codes_in_any_order():
 # ------------------------------------------------------------------------------------------------- workers
 
 
-def square(number):
-    return number * number, os.getpid()
-
-
-def fail_at_three(number):
-    if number == 3:
-        raise InputError("number 3 is bad")
-    return number
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 def test_results_come_in_order_from_as_many_processes(workers):
     with worker_pool(workers, 9) as run:
-        results = list(run(square, ((k,) for k in range(9))))
-    assert [value for value, _ in results] == [k * k for k in range(9)]
-    processes = {process for _, process in results}
+        assert list(run(pow, ((k, 2) for k in range(9)))) == [k * k for k in range(9)]
+        processes = set(run(os.getpid, [()] * 9))
     assert len(processes) <= workers
     assert (os.getpid() in processes) == (workers == 1)
 
 
 def test_one_job_needs_no_process():
     with worker_pool(8, 1) as run:
-        assert list(run(square, [(3,)])) == [(9, os.getpid())]
+        assert list(run(os.getpid, [()])) == [os.getpid()]
 
 
 def test_no_more_than_two_jobs_a_worker_wait():
     taken = []
     with worker_pool(2, 100) as run:
-        results = run(square, ((taken.append(k) or k,) for k in range(100)))
+        results = run(abs, ((taken.append(k) or k,) for k in range(100)))
         for k in range(5):
             next(results)
             assert len(taken) <= k + 1 + 4
@@ -213,8 +204,8 @@ def test_no_more_than_two_jobs_a_worker_wait():
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_in_a_worker_arrives_as_it_is(workers):
-    with pytest.raises(InputError, match="number 3 is bad"), worker_pool(workers, 6) as run:
-        list(run(fail_at_three, ((k,) for k in range(6))))
+    with pytest.raises(ValueError, match="'three'"), worker_pool(workers, 4) as run:
+        list(run(int, [("1",), ("2",), ("three",), ("4",)]))
 
 
 PARENT = """
@@ -230,7 +221,8 @@ if __name__ == "__main__":
 
 def test_workers_end_when_their_parent_is_killed(tmp_path):
     (tmp_path / "parent.py").write_text(PARENT)
-    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True)
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], **quiet)
     workers = {int(word) for word in parent.stdout.readline().split()}
     assert workers
     parent.kill()

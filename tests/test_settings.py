@@ -67,10 +67,10 @@ def test_nothing_typed_gives_the_defaults_and_the_cache_beside_out(kind, tmp_pat
 
 
 def test_a_typed_word_is_taken_in_its_type(tmp_path):
-    words = ["--size", "64", "--spacing", "2", "--lr", "3e-4", "--max-steps", "7", "--similarity", "ncc", "--seed", "5", "--skip-bad"]
+    words = ["--size=64", "--spacing=2", "--lr=3e-4", "--max-steps=7", "--similarity=ncc", "--skip-bad"]
     found = parse(RegistrationSettings, ["--data", "D", *words], "")
     assert (found.size, found.spacing, found.lr, found.max_steps) == (64, 2.0, 3e-4, 7)
-    assert (found.similarity, found.seed, found.skip_bad) == ("ncc", 5, True)
+    assert (found.similarity, found.skip_bad) == ("ncc", True)
     assert isinstance(found.spacing, float)
 
 
@@ -90,7 +90,8 @@ def later(kind, out, *words, **options):
 
 @pytest.mark.parametrize("kind", [PropagationSettings, SegmentationSettings])
 def test_later_scripts_take_size_spacing_recipe_and_seed_from_the_registration(tmp_path, kind):
-    stored_run(tmp_path, "registration", RegistrationSettings, size=64, spacing=2.0, seed=3, lr=0.5, max_steps=9)
+    words = {"size": 64, "spacing": 2.0, "seed": 3, "lr": 0.5, "max_steps": 9}
+    stored_run(tmp_path, "registration", RegistrationSettings, **words)
     found = later(kind, tmp_path, earlier=["registration"])
     assert (found.size, found.spacing, found.seed) == (64, 2.0, 3)
     assert getattr(found, "lr", 1e-3) == 1e-3, "the learning rate of another network is not taken"
@@ -136,7 +137,8 @@ def test_overwrite_forgets_the_run_but_not_the_scripts_before(tmp_path):
 
 
 def test_device_workers_and_labels_belong_to_the_call_not_to_the_run(tmp_path):
-    stored_run(tmp_path, "segmentation/original", SegmentationSettings, device="cpu", workers=3, labels="original")
+    words = {"device": "cpu", "workers": 3, "labels": "original"}
+    stored_run(tmp_path, "segmentation/original", SegmentationSettings, **words)
     found = later(SegmentationSettings, tmp_path, own=["segmentation/original"])
     assert (found.device, found.workers, found.labels) == ("auto", 0, "both")
 

@@ -1,0 +1,395 @@
+"""Labels through time: which frames, by which motion, how far to be trusted, and what has no label.
+
+`Follower` stands for a trained registration: it finds the shift between two slices by their centres of mass,
+so that what is tested is the way of the labels and not the network.
+"""
+
+import csv
+import shutil
+
+import h5py
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from datasets import MMS_CASES, SPACING, Tiny, heart, write_mms, write_nifti, write_table
+from hypothesis import given
+from hypothesis import strategies as st
+
+import propagate_labels
+import train_registration
+import train_segmentation
+from cardiac import propagation
+from cardiac.cache import open_cache
+from cardiac.files import InputError
+from cardiac.losses import IGNORED
+from cardiac.propagation import Propagated, frames_between, own_grid_displacement, warp_labels
+from cardiac.settings import Settings
+from cardiac.slices import SliceStore
+from cardiac.warp import warp
+
+CPU = torch.device("cpu")
+SIDE = 48
+
+
+def centre_of_mass(images):
+    weights = images[:, 0] / images[:, 0].sum((-2, -1), keepdim=True).clamp(min=1e-6)
+    grid = torch.meshgrid(*[torch.arange(float(n)) for n in images.shape[-2:]], indexing="ij")
+    return torch.stack([(weights * axis).sum((-2, -1)) for axis in grid], dim=1)
+
+
+def shifted(images, shift):
+    """The half-resolution velocity of a shift (B, 2) in full-resolution pixels."""
+    half = [n // 2 for n in images.shape[-2:]]
+    return (shift / 2)[:, :, None, None].expand(-1, -1, *half)
+
+
+def follower(moving, fixed):
+    """warped(x) = moving(x + u): u leads from the fixed slice to the moving one."""
+    return shifted(moving, centre_of_mass(moving) - centre_of_mass(fixed))
+
+
+def standstill(moving, fixed):
+    return shifted(moving, torch.zeros(len(moving), 2))
+
+
+def drifter(moving, fixed):
+    """A field that the way back does not undo."""
+    return shifted(moving, torch.tensor([[3.0, 0.0]]).repeat(len(moving), 1))
+
+
+# ------------------------------------------------------------------------------------------------- frames
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "frames", "expected"),
+    [
+        (0, 3, 10, [1, 2]),
+        (9, 2, 10, [0, 1]),  # ED is the last frame
+        (7, 2, 10, [8, 9, 0, 1]),  # ES before ED
+        (3, 0, 10, [4, 5, 6, 7, 8, 9]),
+        (0, 1, 10, []),
+        (9, 0, 10, []),
+        (0, 1, 2, []),
+        (1, 0, 2, []),
+    ],
+)
+def test_time_is_a_circle(start, end, frames, expected):
+    assert frames_between(start, end, frames) == expected
+
+
+@given(st.integers(2, 40), st.integers(0, 39), st.integers(0, 39))
+def test_systole_and_diastole_are_all_other_frames(frames, ed, es):
+    ed, es = ed % frames, es % frames
+    if ed != es:
+        both = frames_between(ed, es, frames) + frames_between(es, ed, frames)
+        assert sorted([*both, ed, es]) == list(range(frames))
+
+
+# ---------------------------------------------------------------------------------------- a heart that swings
+
+SHIFTS = ((0, 0), (2, -1), (5, -3), (-3, 4), (-6, 0), (1, 1))  # pixels, by frame
+
+
+@pytest.fixture(scope="module")
+def swinging(tmp_path_factory):
+    """(cache, case, truth (T, Z, S, S)): one case, ED at frame 1, ES at 4, no label in slice 2 at ED."""
+    root = tmp_path_factory.mktemp("swinging")
+    tiny = Tiny("A0A0A0", ed=1, es=4)
+    _, labels = heart((SIDE, SIDE, 3, 6), 0, 2)
+    truth = np.stack([np.roll(labels[..., 0], shift, axis=(0, 1)) for shift in SHIFTS], axis=-1)
+    image = np.array([0, 200, 90, 180], np.int16)[truth]
+    experts = np.zeros_like(truth)
+    experts[..., [1, 4]] = truth[..., [1, 4]]
+    experts[:, :, 2, 1] = 0
+    folder = root / "MnM" / tiny.folder / tiny.code
+    write_nifti(folder / "A0A0A0_sa.nii.gz", image, (2.0, 2.0, 8.0))
+    write_nifti(folder / "A0A0A0_sa_gt.nii.gz", experts, (2.0, 2.0, 8.0))
+    write_table(root / "MnM" / "opendataset.csv", [tiny])
+    cache = open_cache(Settings(data=root / "MnM", cache=root, size=SIDE, spacing=2.0, workers=1))
+    return cache, cache.cases[0], truth.transpose(3, 2, 0, 1)
+
+
+def carried(swinging, network, frames):
+    cache, case, _ = swinging
+    return propagation.propagate_case(network, SliceStore(cache, [case], CPU), frames)
+
+
+@pytest.mark.parametrize("frame", [2, 3, 4, 5, 0])
+def test_labels_move_with_the_heart(swinging, frame):
+    labels, confidence, folding = carried(swinging, follower, [frame])
+    truth = swinging[2][frame]
+    assert labels.shape == (1, 3, SIDE, SIDE)
+    assert labels.dtype == np.uint8
+    for z in (0, 1):
+        assert set(np.unique(labels[0, z])) == {0, 1, 2, 3}
+        assert (labels[0, z] != truth[z]).mean() < 0.003, "the label is not where the heart is"
+    moved = np.abs(np.array(SHIFTS[frame]) - SHIFTS[1]).sum()
+    assert (carried(swinging, standstill, [frame])[0][0, 0] != truth[0]).mean() > 0.01 * moved
+    assert (confidence[0, :2] > 0.97).all()
+    assert (folding[0, :2] == 0).all()
+
+
+def test_several_frames_at_once_equal_one_by_one(swinging):
+    together = carried(swinging, follower, [3, 2])
+    for k, frame in enumerate([3, 2]):
+        for one, other in zip(carried(swinging, follower, [frame]), together):
+            np.testing.assert_allclose(one[0], other[k], atol=1e-5)
+
+
+def test_a_field_that_does_nothing_is_fully_trusted_and_one_that_is_not_undone_is_not(swinging):
+    assert carried(swinging, standstill, [3])[1][0, :2] == pytest.approx([1, 1])
+    wrong = carried(swinging, drifter, [3])[1][0, :2]
+    assert (wrong < 0.8).all()
+    assert (wrong >= 0).all()
+
+
+def test_a_field_that_folds_is_counted_near_the_heart(swinging):
+    def folder(moving, fixed):
+        velocity = torch.zeros(len(moving), 2, SIDE // 2, SIDE // 2)
+        return velocity + 8 * torch.sin(torch.arange(SIDE / 2) * 2.5)[:, None]  # too rough to integrate
+
+    assert (carried(swinging, folder, [3])[2][0, :2] > 1).all()
+
+
+def test_a_slice_without_a_label_at_ed_is_unlabelled_and_never_background(swinging, capsys):
+    cache, case, _ = swinging
+    propagated, rows = propagate_labels.propagate(follower, cache, [case], "systole", CPU)
+    assert propagated.where == [("A0A0A0", frame, z) for frame in (2, 3) for z in (0, 1)]
+    assert len(propagated.labels) == len(propagated.confidence) == 4
+    assert len(rows) == 6
+    for row in rows:
+        assert row["kept"] == (row["slice"] != 2)
+        assert (row["source"] == "ED") == bool(row["kept"])
+        assert np.isnan(row["confidence"]) == np.isnan(row["folding_percent"]) == (row["slice"] == 2)
+    by_frame = propagated.of(case)
+    assert set(by_frame) == {2, 3}
+    assert (by_frame[2][2] == IGNORED).all()
+    assert (by_frame[2][:2] != IGNORED).all()
+    assert "2 without a label at ED left out" in capsys.readouterr().out
+
+
+def test_frames_all_has_diastole_too(swinging):
+    cache, case, _ = swinging
+    propagated, _ = propagate_labels.propagate(follower, cache, [case], "all", CPU)
+    assert {frame for _, frame, _ in propagated.where} == {0, 2, 3, 5}
+
+
+def test_carried_to_es_beside_the_identity(swinging):
+    cache, case, _ = swinging
+    store = SliceStore(cache, [case], CPU)
+    identity, still = propagation.carried_to_es(standstill, store)
+    assert still == pytest.approx(identity)
+    before, after = propagation.carried_to_es(follower, store)
+    assert before == pytest.approx(identity)
+    assert after > before + 0.15
+
+
+def test_on_the_own_grid_the_experts_labels_are_kept(swinging):
+    cache, case, truth = swinging
+    propagated, _ = propagate_labels.propagate(follower, cache, [case], "systole", CPU)
+    labels = propagate_labels.on_own_grid(cache, case, propagated)
+    expert = np.asarray(nib.load(case.labels[0]).dataobj)
+    assert labels.shape == case.shape
+    assert labels.dtype == np.uint8
+    np.testing.assert_array_equal(labels[..., [1, 4]], expert[..., [1, 4]])
+    assert not labels[..., [0, 5]].any()
+    assert not labels[:, :, 2, [2, 3]].any()
+    for frame in (2, 3):
+        assert (labels[..., :2, frame] != truth[frame][:2].transpose(1, 2, 0)).mean() < 0.003
+
+
+def test_quality_of_a_perfect_registration_is_perfect_on_the_own_grid(swinging):
+    cache, case, _ = swinging
+    settings = Settings(workers=1)
+    perfect, still = (
+        propagation.score_registration(network, cache, [case], settings, CPU) for network in (follower, standstill)
+    )
+    assert [row["region"] for row in perfect] == ["LV", "MYO", "RV"]
+    assert set(perfect[0]) == set(propagation.QUALITY)
+    for row, other in zip(perfect, still):
+        assert row["dice_before"] == other["dice_before"] == other["dice_after"] < 0.75
+        assert row["dice_after"] > row["dice_before"] + 0.15
+        assert row["folding_percent"] == 0
+        assert row["sd_log_jacobian"] == pytest.approx(0, abs=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------- labels
+
+
+def test_warped_labels_are_soft_until_one_arg_max():
+    labels = torch.zeros(1, 24, 24, dtype=torch.uint8)
+    labels[0, 8:16, 8:16] = 2
+    labels[0, 10:14, 10:14] = 1
+    displacement = torch.zeros(1, 2, 24, 24)
+    assert torch.equal(warp_labels(labels, displacement), labels)
+    displacement[:, 0] = 0.4
+    assert torch.equal(warp_labels(labels, displacement), labels), "nearest where the label is all there is"
+    displacement[:, 0] = 3
+    assert torch.equal(warp_labels(labels, displacement)[0, 5:13], labels[0, 8:16])
+
+
+def test_ignored_pixels_become_background_never_a_region():
+    labels = torch.full((1, 16, 16), IGNORED, dtype=torch.uint8)
+    assert not warp_labels(labels, torch.randn(1, 2, 16, 16)).any()
+
+
+def test_a_displacement_on_the_own_grid_is_the_same_motion_in_its_pixels(tiny_data, tmp_path):
+    cache = open_cache(Settings(data=tiny_data, cache=tmp_path, size=32, spacing=2.0, workers=1))
+    case = cache.cases[0]
+    shift = torch.tensor([3.0, -2.0]).view(1, 2, 1, 1).expand(3, 2, 32, 32)  # 6 mm, -4 mm
+    found = own_grid_displacement(shift, case.grid(cache))
+    assert found.shape == (3, 2, *case.shape[:2])
+    assert found[:, 0].numpy() == pytest.approx(6 / SPACING[0], abs=1e-4)
+    assert found[:, 1].numpy() == pytest.approx(-4 / SPACING[1], abs=1e-4)
+    image = torch.zeros(3, 1, *case.shape[:2])
+    assert warp(image, found).shape == image.shape
+
+
+def test_labels_there_and_back(tmp_path):
+    labels = np.random.default_rng(0).integers(0, 4, (3, 16, 16), np.uint8)
+    written = Propagated(labels, [("A", 0, 2), ("A", 5, 0), ("B", 1, 1)], np.float32([0.5, 1, 0.25]))
+    written.write(tmp_path / "labels.h5", "registration of step 3")
+    found = Propagated.read(tmp_path / "labels.h5")
+    np.testing.assert_array_equal(found.labels, labels)
+    np.testing.assert_array_equal(found.confidence, written.confidence)
+    assert found.where == written.where
+    assert propagation.made_from(tmp_path / "labels.h5") == "registration of step 3"
+
+
+@pytest.mark.parametrize("damage", ["text", "no case", "case is a number", "labels is a folder"])
+def test_a_damaged_file_of_labels_is_one_clear_line(tmp_path, damage):
+    path = tmp_path / "labels.h5"
+    if damage == "text":
+        path.write_text("no HDF5")
+    else:
+        Propagated(np.zeros((0, 8, 8), np.uint8), [], []).write(path, "x")
+        with h5py.File(path, "a") as file:
+            name = damage.split()[-1] if damage == "no case" else damage.split()[0]
+            del file[name]
+            if damage == "case is a number":
+                file["case"] = 3
+            elif damage == "labels is a folder":
+                file.create_group("labels")
+    with pytest.raises(InputError, match=r"labels\.h5: not readable"):
+        Propagated.read(path)
+
+
+# ------------------------------------------------------------------------------------------- the script
+
+
+@pytest.fixture
+def run(trained_run, tmp_path):
+    """(words, out): a copy of the shared run that a test may change."""
+    data, out = trained_run
+    shutil.copytree(out, tmp_path / "run")
+    cache = str(out.parent / "cache")
+    return ["--data", str(data), "--out", str(tmp_path / "run"), "--cache", cache, "--workers", "1"], tmp_path / "run"
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_script_writes_labels_of_the_frames_between_for_training_cases(trained_run):
+    _, out = trained_run
+    rows = rows_of(out / "propagation" / "quality.csv")
+    assert tuple(rows[0]) == propagate_labels.COLUMNS
+    assert {(row["case"], row["frame"]) for row in rows} == {("A0A0A0", "1"), ("B0B0B0", "0")}  # ED 0 ES 2; 4, 1
+    assert len(rows) == 6
+    propagated = Propagated.read(out / "propagation" / "labels.h5")
+    assert propagated.labels.shape == (6, 32, 32)
+    assert propagated.where == [(row["case"], int(row["frame"]), int(row["slice"])) for row in rows]
+    assert (out / "propagation" / "cine.gif").read_bytes()[:4] == b"GIF8"
+
+
+def test_nifti_on_the_own_grid_with_the_experts_frames_and_not_written_twice(run, capsys):
+    words, out = run
+    assert propagate_labels.main([*words, "--nifti"]) == 0
+    assert "finished" in capsys.readouterr().out
+    folder = out / "propagation" / "nifti"
+    assert {path.name for path in folder.iterdir()} == {f"{c}_sa_propagated.nii.gz" for c in ("A0A0A0", "B0B0B0")}
+    for tiny in MMS_CASES[:2]:
+        source = nib.load(f"{words[1]}/{tiny.folder}/{tiny.code}/{tiny.code}_sa.nii.gz")
+        expert = np.asarray(nib.load(f"{words[1]}/{tiny.folder}/{tiny.code}/{tiny.code}_sa_gt.nii.gz").dataobj)
+        found = nib.load(folder / f"{tiny.code}_sa_propagated.nii.gz")
+        labels = np.asarray(found.dataobj)
+        np.testing.assert_array_equal(found.affine, source.affine)
+        assert found.header.get_zooms() == pytest.approx(source.header.get_zooms())
+        assert (labels.shape, labels.dtype) == (source.shape, np.uint8)
+        np.testing.assert_array_equal(labels[..., [tiny.ed, tiny.es]], expert[..., [tiny.ed, tiny.es]])
+        between = frames_between(tiny.ed, tiny.es, 5)
+        assert labels.any((0, 1, 2)).nonzero()[0].tolist() == sorted([tiny.ed, tiny.es, *between])
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert propagate_labels.main([*words, "--nifti"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_frames_all_through_the_script(run):
+    words, out = run
+    assert propagate_labels.main([*words, "--frames", "all"]) == 2, "contradicts the run that is there"
+    assert propagate_labels.main([*words, "--frames", "all", "--overwrite"]) == 0
+    frames = {(row["case"], int(row["frame"])) for row in rows_of(out / "propagation" / "quality.csv")}
+    assert frames == {("A0A0A0", t) for t in (1, 3, 4)} | {("B0B0B0", t) for t in (0, 2, 3)}
+
+
+def test_labels_of_an_older_registration_are_made_anew(run, capsys):
+    words, out = run
+    before = propagation.made_from(out / "propagation" / "labels.h5")
+    assert train_registration.main([*words, "--lr", "0.1", "--size", "32", "--spacing", "2", "--batch-size", "2",
+                                    "--max-steps", "1", "--overwrite"]) == 0  # fmt: skip
+    assert propagate_labels.main(words) == 0
+    assert "finished" not in capsys.readouterr().out.splitlines()[-1]
+    assert propagation.made_from(out / "propagation" / "labels.h5") != before
+
+
+def test_labels_of_another_grid_are_refused(run, capsys):
+    words, _ = run
+    assert train_registration.main([*words, "--size", "48", "--spacing", "2", "--max-steps", "1", "--batch-size",
+                                    "2", "--overwrite"]) == 0  # fmt: skip
+    assert train_segmentation.main([*words, "--overwrite", "--channels", "1", "--max-steps", "1"]) == 2
+    assert "size is 32 there, 48 here; run propagate_labels.py" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------- data without what lies between
+
+SHORT = ["--size", "32", "--spacing", "2", "--max-steps", "2", "--steps-per-epoch", "2", "--batch-size", "2", "--workers", "1"]
+
+
+def test_two_frames_have_nothing_between_and_original_is_trained_alone(tmp_path, capsys):
+    cases = [Tiny("A0A0A0", ed=0, es=1), Tiny("B0B0B0", ed=1, es=0), Tiny("V0V0V0", "Validation", ed=0, es=1)]
+    write_mms(tmp_path / "two", cases, shape=(40, 36, 3, 2))
+    words = ["--data", str(tmp_path / "two"), "--out", str(tmp_path / "run")]
+    assert train_registration.main([*words, *SHORT]) == 0
+    capsys.readouterr()
+    assert propagate_labels.main([*words, "--nifti"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "lies between ED and ES" in line]
+    assert len(lines) == 1
+    folder = tmp_path / "run" / "propagation"
+    assert len(Propagated.read(folder / "labels.h5").labels) == 0
+    assert rows_of(folder / "quality.csv") == []
+    assert (folder / "quality.csv").read_text().startswith("case,vendor,frame,slice,")
+    assert (folder / "nifti" / "A0A0A0_sa_propagated.nii.gz").exists()
+
+    segmentation = [*words, "--channels", "1", "--max-steps", "2", "--steps-per-epoch", "2", "--batch-size", "2"]
+    assert train_segmentation.main([*segmentation, "--labels", "propagated"]) == 2
+    assert "--labels original" in capsys.readouterr().err
+    assert train_segmentation.main(segmentation) == 0
+    assert "nothing was propagated" in capsys.readouterr().out
+    trained = tmp_path / "run" / "segmentation"
+    assert [path.name for path in trained.iterdir()] == ["original"]
+    assert (trained / "original" / "best.pt").exists()
+
+
+def test_without_validation_the_held_out_patient_gives_no_labels_to_training(tmp_path, capsys):
+    write_mms(tmp_path / "bare", [Tiny("A0A0A0"), Tiny("B0B0B0", vendor="B", ed=4, es=1), Tiny("C0C0C0")])
+    words = ["--data", str(tmp_path / "bare"), "--out", str(tmp_path / "run")]
+    assert train_registration.main([*words, *SHORT]) == 0
+    assert propagate_labels.main(words) == 0
+    assert len(Propagated.read(tmp_path / "run" / "propagation" / "labels.h5").labels) == 9
+    capsys.readouterr()
+    assert train_segmentation.main([*words, *SHORT, "--channels", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "1 of 3 training patients are held out" in out
+    assert "propagated: 12 expert slices + 6 propagated" in out
