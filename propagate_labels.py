@@ -1,5 +1,6 @@
 """Step 2: carry the expert labels of ED to the frames between ED and ES, with the registration of step 1."""
 
+import hashlib
 import shutil
 
 import numpy as np
@@ -24,10 +25,12 @@ def main(argv):
     settings = parse(PropagationSettings, argv, __doc__, own=("propagation",), earlier=("registration",))
     device = choose_device(settings.device)
     network = networks.RegistrationNetwork()
-    trained = load_network(network, settings.out / "registration" / "best.pt", device)
+    weights = settings.out / "registration" / "best.pt"
+    trained = load_network(network, weights, device)
     cache = open_cache(settings)
     cases = [case for case in cache.split("Training") if case.labelled]
-    made_from = f"registration of step {trained.step}, score {trained.best:.6f}, frames {settings.frames}"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+    made_from = f"registration of step {trained.step}, {digest}, frames {settings.frames}"
     with run_folder(settings, "propagation", cache.cases) as folder:
         path = folder / "labels.h5"
         if propagation.made_from(path) == made_from:

@@ -11,7 +11,7 @@ from cardiac.augment import augment_slices
 from cardiac.cache import open_cache
 from cardiac.files import InputError, read_json
 from cardiac.metrics import dice
-from cardiac.propagation import Propagated
+from cardiac.propagation import Propagated, made_from
 from cardiac.run import choose_device, describe, run_folder, script
 from cardiac.settings import SegmentationSettings, parse
 from cardiac.slices import LabelledSlices, SliceStore
@@ -99,8 +99,10 @@ def main(argv):
     store = SliceStore(cache, training, device, "training")
     validation = SliceStore(cache, validation + unseen, device, "validation")
     for name, place in folders.items():
-        with run_folder(settings, place, cache.cases) as folder:
-            slices = LabelledSlices(store, propagated if name == "propagated" else None)
+        extra = propagated if name == "propagated" else None
+        labels = made_from(settings.out / "propagation" / "labels.h5") if extra else None
+        with run_folder(settings, place, cache.cases, labels) as folder:
+            slices = LabelledSlices(store, extra)
             print(f"{name}: {slices.expert} expert slices + {len(slices) - slices.expert} propagated, "
                   f"{settings.total_steps} steps of {settings.batch_size} on {describe(device)}", flush=True)  # fmt: skip
             task = Segmentation(settings, slices, validation)

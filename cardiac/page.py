@@ -206,9 +206,11 @@ def _propagation(cache, folder):
     view |= {"title": f"{case.code} (vendor {case.vendor})", "start": 0}
     view["curve"] = [mean(confidence[frame]) if frame in confidence else None for frame in images]
     slices, patients = len(propagated.where), len({code for code, _, _ in propagated.where})
-    text = (f"{slices} slices of {patients} patients were labelled by carrying ED's labels along. Confidence is the "
-            f"Dice of ED's label with itself after ED to t and back, {np.mean(propagated.confidence):.3f} on "
-            "average. Shown is the patient of median confidence.")  # fmt: skip
+    text = (
+        f"{slices} slices of {patients} patients were labelled by carrying ED's labels along. Confidence, "
+        f"{np.mean(propagated.confidence):.3f} on average, is the Dice of ED's label with itself after ED to "
+        "t and back. The median patient is shown."
+    )
     return f"<p>{escape(text)}</p>{_viewer('propagation', [view])}"
 
 

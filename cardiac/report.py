@@ -160,7 +160,7 @@ def draw_bland_altman(path, results):
                 axes.axhline(found[name], color="black", linestyle=style, linewidth=0.9)
             axes.axhline(0, color="black", linewidth=0.4, alpha=0.5)
             axes.margins(0.12, 0.15)
-            title = "{quantity}: bias {bias:+.1f} [{loa_low:+.1f}, {loa_high:+.1f}]".format(**found)
+            title = "{quantity}\nbias {bias:+.1f} [{loa_low:+.1f}, {loa_high:+.1f}]".format(**found)
             if "EF" in quantity:  # next to no volume at ED makes anything of it
                 axes.set(xlim=np.clip(axes.get_xlim(), -20, 120), ylim=np.clip(axes.get_ylim(), -110, 110))
                 outside = np.count_nonzero(np.abs(difference) > 110)

@@ -110,11 +110,11 @@ def describe(device):
 
 
 @contextlib.contextmanager
-def run_folder(settings, name, cases):
+def run_folder(settings, name, cases, labels=None):
     """The folder OUT/name, held by this process alone for the block, with the settings in its config.json.
 
-    cases: of the dataset; a folder that holds a run on other cases is refused. With --overwrite the folder is
-    emptied first.
+    cases: of the dataset; labels: what the propagated labels in use were made from. A folder that holds a run
+    on others is refused. With --overwrite the folder is emptied first.
     """
     folder = settings.out / name
     busy = f"{folder}: another process is writing there; wait for it or choose another --out"
@@ -123,10 +123,13 @@ def run_folder(settings, name, cases):
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / "config.json"
-        dataset = dataset_identity(cases)
-        if config.exists() and read_json(config).get("dataset") != dataset:
-            raise InputError(f"{folder}: holds a run on another dataset; choose another --out or use --overwrite")
-        write_json(config, {"settings": dataclasses.asdict(settings), "dataset": dataset})
+        made_of = {"dataset": dataset_identity(cases), "labels": labels}
+        stored = read_json(config) if config.exists() else made_of
+        for what, identity in made_of.items():
+            if stored.get(what, identity) != identity:
+                other = {"dataset": "another dataset", "labels": "other propagated labels"}[what]
+                raise InputError(f"{folder}: holds a run on {other}; choose another --out or use --overwrite")
+        write_json(config, {"settings": dataclasses.asdict(settings), **made_of})
         yield folder
 
 

@@ -43,8 +43,11 @@ class Settings:
             raise InputError(
                 f"--size {self.size}: the networks halve four times; take a multiple of 16, {down} or {down + 16}"
             )
-        if self.seed < 0 or self.workers < 0:
-            raise InputError("--seed and --workers: must not be negative")
+        limits = dict.fromkeys(("seed", "workers", "patience", "smoothness", "dice_weight"), float("inf"))
+        for name, largest in {**limits, "averaging": 1, "labelled_share": 1}.items():
+            value = getattr(self, name, 0)
+            if not 0 <= value <= largest:
+                raise InputError(f"--{name.replace('_', '-')} {value}: must lie from 0 to {largest}")
 
 
 @dataclass
@@ -102,14 +105,18 @@ class EvaluationSettings(Settings):
     """`evaluate.py`."""
 
     data: Path = setting(None, "dataset to score, the run's own or another, in the layout of M&Ms or ACDC")
-    predict: tuple = setting((), "instead: NIfTI files to segment, or folders of them", type=Path, nargs="+", metavar="PATH")
+    predict: tuple = setting(
+        (), "instead: NIfTI files to segment, or folders of them", type=Path, nargs="+", metavar="PATH"
+    )
     channels: int = setting(32, "channels of the U-Net's first level")
     split: str = setting("Testing", "cases to score", choices=("Testing", "Validation", "Training"))
     all_frames: bool = setting(False, "predict every frame, not ED and ES alone")
     largest_component: bool = setting(
-        False, "score what is left when each region keeps its largest component too; with --predict, write that"
+        False, "score each region's largest component too, beside the whole; with --predict, write that"
     )
-    view: tuple = setting((), "show this case in the report too (repeatable)", type=str, action="append", metavar="CODE")
+    view: tuple = setting(
+        (), "show this case in the report too (repeatable)", type=str, action="append", metavar="CODE"
+    )
 
     def check(self):
         """Raise InputError for a value that cannot work, before any work is done."""
@@ -136,6 +143,7 @@ def parse(kind, argv, description, own=(), earlier=()):
         text = options.pop("help").replace("%", "%%")
         flag = "--" + item.name.replace("_", "-")
         if item.type is bool:
+            text += " (strong: on)" if kind.STRONG.get(item.name) else ""
             parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
             continue
         if item.default not in (None, ()):

@@ -72,6 +72,8 @@ def fit(task, settings, folder, device, outcome="curves.png"):
     (folder / outcome).unlink(missing_ok=True)
     # the last epoch of a run that --max-steps cut short goes on as if it had not been
     progress.rows = [row for row in progress.rows if row["step"] % settings.steps_per_epoch == 0]
+    if not progress.rows:
+        progress.best = -math.inf
 
     def save(name="last.pt"):
         meter.read()
@@ -114,7 +116,8 @@ def fit(task, settings, folder, device, outcome="curves.png"):
                 if epoch_ends:
                     schedule.step(scores["val_loss"])
                     meter.restart()
-                if scores["score"] > progress.best:
+                # within an epoch --max-steps makes a best.pt only where there is none: the run may go on
+                if scores["score"] > progress.best and (epoch_ends or len(progress.rows) == 1):
                     progress.best = scores["score"]
                     with average.applied():
                         save("best.pt")

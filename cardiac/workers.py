@@ -20,7 +20,9 @@ def worker_pool(workers, jobs):
     if count <= 1:
         yield lambda function, arguments: (function(*each) for each in arguments)
         return
-    context = multiprocessing.get_context("forkserver")  # a fork of a process that holds CUDA or threads may hang
+    # forked from a server, since a fork of a process that holds CUDA or threads may hang
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "torch"])  # slow to import: once, not in every worker
     with ProcessPoolExecutor(count, context, _end_with_parent) as pool:
 
         def run(function, arguments):

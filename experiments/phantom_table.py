@@ -2,55 +2,73 @@
 
     python experiments/phantom_table.py --out experiments/runs/phantom --seeds 5
 
-Each seed trains a registration and three U-Nets at equal steps; the phantom is the same. Seeds that are in
-OUT/cases.csv already are not run again. Ends with the table, mean and standard deviation over seeds, and with the
+One registration carries the labels; each seed trains three U-Nets at equal steps. Seeds that are in OUT/cases.csv
+already are not run again. Ends with the table, mean and standard deviation over seeds, and with the
 gain of `propagated` over `original` and the way left to the oracle, with 95 % intervals over patients and seeds.
 """
 
 import argparse
+import shutil
 from pathlib import Path
 
-import evaluate
 import nibabel as nib
 import numpy as np
+
 import propagate_labels
 import train_registration
 import train_segmentation
-
 from cardiac import demo, evaluation, phantom
 from cardiac.cache import open_cache
 from cardiac.files import read_csv, write_csv
+from cardiac.networks import SegmentationNetwork
 from cardiac.propagation import Propagated
-from cardiac.settings import PropagationSettings, parse
+from cardiac.run import choose_device
+from cardiac.settings import EvaluationSettings, PropagationSettings, parse
+from cardiac.training import load_network
 
 MODELS = ("original", "propagated", "oracle")
 COLUMNS = ("seed", *evaluation.CASES)
 UNSEEN = ("C", "D")
 
 
-def run_seed(data, out, seed, words):
-    """Train and score the three models of one seed: rows of cases.csv, and of the propagation against the truth."""
-    common = ["--data", str(data), "--cache", str(out / "cache"), "--seed", str(seed)]
-    folder, oracle = out / f"seed{seed}", out / f"seed{seed}-oracle"
+def register_and_propagate(out, common, words):
+    """One registration and propagation for all seeds; its labels, and their scores against the truth."""
+    folder = out / "registered"
     grid = ["--size", str(words.size), "--spacing", str(words.spacing)]
-    lengths = ["--channels", str(words.channels), "--max-steps", str(words.steps), "--steps-per-epoch", "50"]
-    call(train_registration, common, ["--out", str(folder), *grid, "--max-steps", str(words.registration_steps)])
-    call(propagate_labels, common, ["--out", str(folder)])
-    call(train_segmentation, common, ["--out", str(folder), *lengths])
-    call(evaluate, common, ["--out", str(folder)])
+    call(train_registration, [*common, "--out", str(folder), *grid, "--max-steps", str(words.registration_steps)])
+    call(propagate_labels, [*common, "--out", str(folder)])
     settings = parse(PropagationSettings, [*common, "--out", str(folder)], None, earlier=("registration",))
-    true_labels(open_cache(settings)).write(oracle / "propagation" / "labels.h5", "the phantom's truth")
-    call(train_segmentation, common, ["--out", str(oracle), *grid, *lengths, "--labels", "propagated"])
-    call(evaluate, common, ["--out", str(oracle)])
-    rows = read_csv(folder / "evaluation" / "cases.csv")
-    rows += [{**row, "model": "oracle"} for row in read_csv(oracle / "evaluation" / "cases.csv")]
-    truth = demo.score_against_truth(settings)
-    return [{"seed": seed, **row} for row in rows], [{"seed": seed, **row} for row in truth]
+    if not (out / "truth.csv").exists():
+        rows = demo.score_against_truth(settings)
+        write_csv(out / "truth.csv", list(rows[0]), rows)
+    return folder / "propagation", settings
 
 
-def call(script, common, words):
+def run_seed(out, common, seed, words, propagation, cache):
+    """Train and score the three U-Nets of one seed: rows of cases.csv."""
+    device, rows = choose_device("auto"), []
+    cases = [case for case in cache.split("Testing") if case.labelled]
+    for model in MODELS:
+        folder = out / f"seed{seed}" / ("oracle" if model == "oracle" else "paper")
+        kind = "propagated" if model == "oracle" else model
+        shutil.copytree(propagation, folder / "propagation", dirs_exist_ok=True)
+        if model == "oracle":
+            true_labels(cache).write(folder / "propagation" / "labels.h5", "the phantom's truth")
+        seeded = [*common, "--out", str(folder), "--seed", str(seed)]
+        grid = ["--size", str(words.size), "--spacing", str(words.spacing), "--channels", str(words.channels)]
+        steps = ["--max-steps", str(words.steps), "--steps-per-epoch", "100", "--labels", kind]
+        call(train_segmentation, [*seeded, *grid, *steps])
+        network = SegmentationNetwork(words.channels)
+        load_network(network, folder / "segmentation" / kind / "best.pt", device)
+        settings = parse(EvaluationSettings, [*seeded, *grid], None)
+        scored = evaluation.score_model(model, network, cache, cases, settings, device, folder / "predictions")
+        rows += [{"seed": seed, **row} for row, _ in scored]
+    return rows
+
+
+def call(script, words):
     """Run a script in this process; stop where it fails."""
-    code = script.main([*common, *words])
+    code = script.main(words)
     if code:
         raise SystemExit(code)
 
@@ -89,11 +107,12 @@ def interval(differences, resamples=10_000):
 
 
 def print_results(rows, truth):
-    """Table 1 with three rows over the seeds, gains with intervals, propagation against the truth."""
+    """Table 1 with three rows over the seeds, gains with intervals, and the propagation against the truth."""
     seeds = sorted({row["seed"] for row in rows}, key=int)
     numbers = [{**row, "dice": float(row["dice"] or "nan")} for row in rows]
     print(f"\n{len(seeds)} seeds; mean (standard deviation over seeds)\n")
-    print("| model | " + " | ".join(evaluation.TABLE[1:]) + " |\n|---" * 1 + "|---:" * len(evaluation.TABLE[1:]) + "|")
+    print("| model | " + " | ".join(evaluation.TABLE[1:]) + " |")
+    print("|---" + "|---:" * len(evaluation.TABLE[1:]) + "|")
     for model in MODELS:
         tables = [
             evaluation.table_row(model, [r for r in numbers if (r["model"], r["seed"]) == (model, seed)])
@@ -107,14 +126,15 @@ def print_results(rows, truth):
         for better, worse in (("propagated", "original"), ("oracle", "original"), ("oracle", "propagated")):
             mean, low, high = interval(means[better] - means[worse])
             print(f"{name}: {better} - {worse} = {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
-    regions = {region: np.nanmean([float(row[region] or "nan") for row in truth]) for region in ("LV", "MYO", "RV")}
-    print(f"\npropagated labels against the truth, {len(truth)} frames: "
-          + ", ".join(f"{region} {value:.3f}" for region, value in regions.items())
-          + f", mean {np.mean(list(regions.values())):.3f}")  # fmt: skip
-    for seed in seeds:
-        chosen = [np.nanmean([float(row[r] or "nan") for r in regions]) for row in truth if row["seed"] == seed]
-        errors = [float(row["error_mm"]) for row in truth if row["seed"] == seed]
-        print(f"  seed {seed}: mean Dice {np.mean(chosen):.3f}, end-point error {np.mean(errors):.2f} mm")
+    print("\npropagated labels against the truth:")
+    demo.print_truth([{name: _number(text) for name, text in row.items()} for row in truth])
+
+
+def _number(text):
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return text
 
 
 def main():
@@ -124,22 +144,22 @@ def main():
     parser.add_argument("--size", type=int, default=96, help="pixels")
     parser.add_argument("--spacing", type=float, default=2.0, help="mm")
     parser.add_argument("--channels", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=300, help="of each U-Net")
+    parser.add_argument("--steps", type=int, default=600, help="of each U-Net")
     parser.add_argument("--registration-steps", type=int, default=1000)
     words = parser.parse_args()
     data = words.out / "phantom"
     if not (data / "phantom.json").exists():
         phantom.write_phantom(data)
-    paths = words.out / "cases.csv", words.out / "truth.csv"
-    rows, truth = (read_csv(path) if path.exists() else [] for path in paths)
+    common = ["--data", str(data), "--cache", str(words.out / "cache")]
+    propagation, settings = register_and_propagate(words.out, common, words)
+    cache, path = open_cache(settings), words.out / "cases.csv"
+    rows = read_csv(path) if path.exists() else []
     for seed in range(words.seeds):
-        if str(seed) in {row["seed"] for row in rows} & {row["seed"] for row in truth}:
-            continue
-        new_rows, new_truth = run_seed(data, words.out, seed, words)
-        rows, truth = rows + new_rows, truth + new_truth
-        write_csv(paths[1], list(truth[0]), truth)
-        write_csv(paths[0], COLUMNS, rows)
-    print_results(*(read_csv(path) for path in paths))
+        if str(seed) not in {row["seed"] for row in rows}:
+            rows += run_seed(words.out, common, seed, words, propagation, cache)
+            write_csv(path, COLUMNS, rows)
+            rows = read_csv(path)
+    print_results(rows, read_csv(words.out / "truth.csv"))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from cardiac.losses import IGNORED, cross_entropy, diffusion, local_ncc, one_hot, overlap_loss
+from cardiac.losses import (
+    IGNORED,
+    cross_entropy,
+    diffusion,
+    local_ncc,
+    one_hot,
+    overlap_loss,
+    soft_dice_loss,
+)
 
 
 def brute_force_ncc(first, second, window=9):
@@ -118,3 +126,11 @@ def test_cross_entropy_is_float32_from_bfloat16_logits():
     logits = torch.randn(1, 4, 4, 4)
     labels = torch.ones(1, 4, 4, dtype=torch.uint8)
     assert cross_entropy(logits.bfloat16(), labels).dtype == torch.float32
+
+
+def test_soft_dice_of_certain_predictions_is_their_dice_where_labelled():
+    labels = torch.tensor([[[1, 1, 2, 3, 0, IGNORED]]], dtype=torch.uint8)
+    predicted = torch.tensor([[[1, 0, 2, 3, 3, 1]]])
+    logits = 100 * torch.nn.functional.one_hot(predicted, 4).permute(0, 3, 1, 2).float()
+    dice = (2 / 3 + 1 + 2 / 3) / 3  # the last pixel does not count
+    assert soft_dice_loss(logits, labels).item() == pytest.approx(1 - dice, abs=1e-5)

@@ -110,7 +110,7 @@ def test_a_run_gone_on_with_keeps_all_its_words(tmp_path):
     assert (found.size, found.lr, found.similarity, found.max_steps) == (64, 0.5, "ncc", 9)
     assert later(RegistrationSettings, tmp_path, "--max-steps", "20", own=["registration"]).total_steps == 20
     longer = later(RegistrationSettings, tmp_path, "--epochs", "2", own=["registration"])
-    assert longer.total_steps == 2 * longer.steps_per_epoch, "typed epochs are not overridden by the run's steps"
+    assert longer.total_steps == 2 * longer.steps_per_epoch, "not overridden by the run's steps"
 
 
 @pytest.mark.parametrize(
@@ -172,6 +172,7 @@ def test_a_damaged_config_is_one_clear_line(tmp_path, content):
     [
         "--size 100", "--size 0", "--size -16", "--spacing 0", "--spacing nan", "--spacing inf", "--lr -1",
         "--epochs 0", "--max-steps 0", "--batch-size 0", "--steps-per-epoch 0", "--seed -1", "--workers -1",
+        "--patience -1", "--averaging 2", "--labelled-share -0.1", "--smoothness nan",
     ],
 )  # fmt: skip
 def test_a_value_that_cannot_work_is_refused_before_any_work(tmp_path, capsys, words):

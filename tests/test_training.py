@@ -170,6 +170,15 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, whole, monkeypa
     assert_equal_runs(tmp_path, whole)
 
 
+@pytest.mark.parametrize("step", [1, 6])
+def test_averaged_weights_are_resumed_too(tmp_path, step):
+    train(tmp_path / "whole", averaging=0.9)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", signalled(step, signal.SIGINT), averaging=0.9)
+    train(tmp_path / "parts", averaging=0.9)
+    assert_equal_runs(tmp_path / "parts", tmp_path / "whole")
+
+
 def test_another_seed_of_the_network_would_show(tmp_path, whole):
     task = Task()
     with torch.no_grad():
@@ -263,6 +272,34 @@ def test_best_holds_the_weights_of_the_best_score_and_last_those_of_the_end(tmp_
     load_network(expected, tmp_path / "eight" / "last.pt", CPU)
     for one, other in zip(network.state_dict().values(), expected.state_dict().values()):
         assert torch.equal(one, other)
+
+
+def test_the_average_of_the_weights_is_what_is_validated_and_kept(tmp_path):
+    train(tmp_path, averaging=0.5, max_steps=4)
+    best, last = (torch.load(tmp_path / name, weights_only=True) for name in ("best.pt", "last.pt"))
+    assert without_timing(best["network"]) == without_timing(last["average"])
+    assert without_timing(best["network"]) != without_timing(last["network"])
+    task = Task()
+    load_network(task.network, tmp_path / "best.pt", CPU)
+    task.drawn = [3]
+    assert task.validate()["score"] == pytest.approx(best["progress"]["best"], abs=1e-6)
+
+
+def test_an_average_forgets_its_start_and_keeps_counts_as_they_are():
+    network = torch.nn.BatchNorm1d(1)
+    average = training.WeightAverage(network, 0.5)
+    expected = None
+    for step in range(1, 30):
+        value = float(step % 3)
+        torch.nn.init.constant_(network.weight, value)
+        network.num_batches_tracked.fill_(step)
+        average.update(step)
+        decay = min(0.5, step / (step + 10))
+        expected = value if expected is None else decay * expected + (1 - decay) * value
+    with average.applied():
+        assert network.weight.item() == pytest.approx(expected, rel=1e-5)
+        assert network.num_batches_tracked.item() == 29
+    assert network.weight.item() == 29 % 3
 
 
 def test_the_log_has_a_row_an_epoch_with_means_of_the_losses(tmp_path, whole):

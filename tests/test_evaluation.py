@@ -1,0 +1,371 @@
+"""Scores, tables and predictions, by hand and through `evaluate.main`."""
+
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from datasets import MMS_CASES, Tiny, heart, write_mms, write_nifti
+
+import evaluate
+from cardiac import REGIONS, evaluation, predict
+from cardiac.cache import one_hot
+from cardiac.cases import VENDORS
+from cardiac.files import InputError, read_csv, write_csv
+from cardiac.metrics import largest_component
+from cardiac.nifti import write_labels
+from cardiac.predict import find_scans
+from cardiac.settings import EvaluationSettings
+
+TESTING = [case for case in MMS_CASES if case.folder == "Testing"]
+
+
+def row(
+    model="original", case="A1", phase="ED", region="LV", vendor="A", dice=0.5, volume=10.0, reference=10.0
+):
+    scores = {"dice": dice, "hd95_mm": 1.0, "assd_mm": 1.0, "volume_ml": volume}
+    start = {"model": model, "case": case, "vendor": vendor, "centre": "", "phase": phase, "region": region}
+    return {**start, **scores, "reference_volume_ml": reference, "paper_dice": dice}
+
+
+# ------------------------------------------------------------------------------------------ by hand
+
+
+def test_table_row_is_the_plain_mean_and_leaves_nan_out():
+    rows = [row(dice=0.8), row(dice=0.4, region="RV", vendor="C"), row(dice=float("nan"), region="RV")]
+    table = evaluation.table_row("original", rows)
+    assert (table["LV"], table["RV"], table["A"], table["C"]) == (0.8, 0.4, 0.8, 0.4)
+    assert table["total"] == pytest.approx(0.6)
+    assert np.isnan(table["MYO"])
+    assert np.isnan(table["D"])
+
+
+def test_heart_function_by_hand():
+    volumes = {
+        ("ED", "LV"): 120.0,
+        ("ES", "LV"): 48.0,
+        ("ED", "RV"): 100.0,
+        ("ES", "RV"): 50.0,
+        ("ED", "MYO"): 80.0,
+    }
+    found = evaluation.heart_function(volumes)
+    assert found["LV_SV_ml"] == 72
+    assert found["LV_EF_percent"] == pytest.approx(60)
+    assert found["RV_EF_percent"] == pytest.approx(50)
+    assert found["LV_mass_g"] == pytest.approx(84)
+
+
+def test_heart_function_without_a_ventricle_has_no_ejection_fraction():
+    found = evaluation.heart_function(dict.fromkeys([(p, r) for p in ("ED", "ES") for r in REGIONS], 0.0))
+    assert np.isnan(found["LV_EF_percent"])
+
+
+def test_comparison_is_propagated_minus_original_by_patient():
+    rows = [row(model, case, phase, vendor=vendor, dice=dice + gain)
+            for model, gain in (("original", 0.0), ("propagated", 0.1))
+            for case, vendor, dice in (("A1", "A", 0.5), ("B1", "B", 0.7), ("B2", "B", 0.3))
+            for phase in ("ED", "ES")]  # fmt: skip
+    found = {each["group"]: each for each in evaluation.comparison(rows)}
+    assert set(found) == {"all", "A", "B", "LV"}
+    assert found["all"]["mean_difference"] == pytest.approx(0.1)
+    assert (found["all"]["n"], found["A"]["n"], found["B"]["n"]) == (3, 1, 2)  # patients, not phases
+
+
+def test_failures_are_regions_in_one_mask_alone():
+    lost = {**row(dice=0.0), "hd95_mm": float("nan")}
+    absent = {**row(dice=float("nan"), region="RV"), "hd95_mm": float("nan")}
+    missing, undefined = evaluation.failures([row(), lost, absent, row(dice=0.0)])  # the last: no overlap
+    assert missing == [lost]
+    assert undefined == 1
+
+
+def test_scores_survive_the_csv(tmp_path):
+    rows = [row(dice=0.123456), row(dice=float("nan"))]
+    write_csv(tmp_path / "cases.csv", evaluation.CASES, rows)
+    again = evaluation.read_scores(tmp_path / "cases.csv")
+    assert again[0] == rows[0]
+    assert np.isnan(again[1]["dice"])
+
+
+def test_p_text():
+    assert evaluation.p_text(0.0004) == "p < 0.001"
+    assert evaluation.p_text(0.0301) == "p = 0.030"
+    assert evaluation.p_text(float("nan")) == "p = not defined"
+
+
+@pytest.mark.parametrize("name", ["ACDC", "my data/..", "", "predictions", "../x", "a<b>"])
+def test_safe_name_is_one_new_folder(name):
+    safe = evaluate.safe_name(name)
+    assert safe not in ("", ".", "..", "predictions")
+    assert not set(safe) & set("/\\<>& .")
+
+
+OBLIQUE = np.array(
+    [[1.2, 0.3, -0.4, -90.5], [-0.25, 1.15, 2.1, -60.25], [0.1, -0.2, 8.7, 12.125], [0, 0, 0, 1]]
+)
+
+
+@pytest.mark.parametrize("shape", [(31, 45, 3), (37, 29, 5, 7), (16, 33, 1, 2)])
+@pytest.mark.parametrize("units", [("mm", "sec"), ("meter", "msec"), ("unknown", "unknown")])
+@pytest.mark.parametrize("form", ["sform", "qform", "none"])
+def test_labels_overlay_their_image(tmp_path, shape, units, form):
+    image = nib.Nifti1Image(np.random.default_rng(0).normal(size=shape).astype(np.float32), None)
+    image.header.set_zooms((1.25, 1.3, 8.5, 0.0317)[: len(shape)])
+    image.header.set_xyzt_units(*units)
+    image.header.set_slope_inter(2.5, 7)
+    image.header["cal_max"] = 900
+    if form == "sform":
+        image.set_sform(OBLIQUE, 1)
+    elif form == "qform":
+        image.set_qform(np.diag([-1.25, -1.3, 8.5, 1]) + np.array([[0] * 3 + [5]] * 3 + [[0] * 4]), 1)
+    nib.save(image, tmp_path / "image.nii.gz")
+    image = nib.load(tmp_path / "image.nii.gz")
+    labels = np.random.default_rng(1).integers(0, 4, shape).astype(np.uint8)
+    write_labels(tmp_path / "labels.nii.gz", labels, tmp_path / "image.nii.gz")
+    found = nib.load(tmp_path / "labels.nii.gz")
+    assert found.shape == shape
+    assert found.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(np.asarray(found.dataobj), labels)
+    np.testing.assert_array_equal(found.affine, image.affine)
+    for field in ("pixdim", "xyzt_units", "qform_code", "sform_code", "srow_x", "srow_y", "srow_z", "dim"):
+        np.testing.assert_array_equal(found.header[field], image.header[field], field)
+    assert found.header.get_xyzt_units() == image.header.get_xyzt_units()
+    assert found.header["cal_max"] == 0
+
+
+# ------------------------------------------------------------------------------------- evaluate.main
+
+
+class Run:
+    """A trained run in `out`; calling it evaluates `data`."""
+
+    def __init__(self, data, out):
+        self.data, self.out, self.folder = data, out, out / "evaluation"
+
+    def __call__(self, *words, data="own"):
+        data = self.data if data == "own" else data
+        source = () if data is None else ("--data", data)
+        return evaluate.main([str(word) for word in ("--out", self.out, "--workers", 1, *source, *words)])
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained_run, tmp_path_factory):
+    """A run that was evaluated once: to read, not to change."""
+    data, trained = trained_run
+    run = Run(data, tmp_path_factory.mktemp("evaluated") / "run")
+    shutil.copytree(trained, run.out)
+    assert run("--largest-component") == 0
+    return run
+
+
+@pytest.fixture
+def run(evaluated, tmp_path):
+    """A copy of the evaluated run."""
+    shutil.copytree(evaluated.out, tmp_path / "run")
+    shutil.copytree(evaluated.out.parent / "cache", tmp_path / "cache")
+    return Run(evaluated.data, tmp_path / "run")
+
+
+def outcome(folder):
+    """Bytes of what an evaluation wrote, but the settings (which tell the workers)."""
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != "config.json"}  # fmt: skip
+
+
+def test_evaluation_writes_what_the_design_says(evaluated):
+    rows = evaluation.read_scores(evaluated.folder / "cases.csv")
+    assert len(rows) == 2 * len(TESTING) * 2 * 3
+    table = read_csv(evaluated.folder / "table.csv")
+    assert list(table[0]) == ["model", "LV", "MYO", "RV", *VENDORS, "total"]
+    for line in table:
+        own = [r for r in rows if r["model"] == line["model"] and not np.isnan(r["dice"])]
+        for name in evaluation.TABLE[1:]:
+            chosen = [r["dice"] for r in own if name in (r["region"], r["vendor"], "total")]
+            assert line[name] == (f"{np.mean(chosen):.6f}" if chosen else ""), name
+    text = (evaluated.folder / "summary.json").read_text()
+    summary = json.loads(text, parse_constant=pytest.fail)  # NaN is not JSON
+    assert {each["group"] for each in summary["comparison"]} == {"all", "A", "D", *REGIONS}
+    assert summary["made_from"]["models"]["original"]["steps"] == 4
+    tables = "table.md table_paper.csv table_largest.csv clinical.csv agreement.csv comparison.csv"
+    for name in (*tables.split(), "dice.png", "bland_altman.png", "overlays_original.png", "report.html"):
+        assert (evaluated.folder / name).stat().st_size > 40, name
+    assert not list(evaluated.out.rglob(".tmp-*"))
+
+
+def test_predictions_are_what_was_scored(evaluated):
+    rows = evaluation.read_scores(evaluated.folder / "cases.csv")
+    for case in TESTING:
+        image = nib.load(evaluated.data / "Testing" / case.code / f"{case.code}_sa.nii.gz")
+        name = f"predictions/propagated/{case.code}_sa_pred.nii.gz"
+        found = nib.load(evaluated.folder / name)
+        assert found.shape == image.shape
+        np.testing.assert_array_equal(found.affine, image.affine)
+        assert found.header.get_zooms() == image.header.get_zooms()
+        labels = np.asarray(found.dataobj)
+        assert not np.delete(labels, (case.ed, case.es), -1).any()
+        wanted = {"model": "propagated", "case": case.code, "phase": "ES", "region": "RV"}.items()
+        (own,) = [each for each in rows if wanted <= each.items()]
+        voxel = np.prod(image.header.get_zooms()[:3]) / 1000
+        assert own["volume_ml"] == pytest.approx(voxel * (labels[..., case.es] == 3).sum(), abs=1e-5)
+
+
+def test_workers_do_not_matter(evaluated, run):
+    assert run("--largest-component", "--workers", 2, "--overwrite") == 0
+    assert outcome(run.folder) == outcome(evaluated.folder)
+
+
+def test_finished_work_is_not_done_twice(evaluated, run, capsys):
+    stamps = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
+    assert run("--largest-component") == 0
+    assert "finished" in capsys.readouterr().out
+    assert run("--largest-component", "--view", "E1A1A1") == 0  # another report, the same scores
+    assert json.loads((run.folder / "summary.json").read_text())["view"] == ["E1A1A1"]
+    changed = {
+        path.name for path, stamp in stamps.items() if path.is_file() and path.stat().st_mtime_ns != stamp
+    }
+    assert "report.html" in changed
+    assert not any(name == "cases.csv" or name.endswith(".nii.gz") for name in changed)
+    tables = ("cases.csv", "table.csv", "table_largest.csv", "agreement.csv", "comparison.csv")
+    assert all((run.folder / name).read_bytes() == (evaluated.folder / name).read_bytes() for name in tables)
+
+
+def test_a_model_that_is_missing_is_a_missing_row(run, capsys):
+    shutil.rmtree(run.out / "segmentation" / "propagated")
+    assert run() == 0
+    printed = capsys.readouterr().out
+    assert [line["model"] for line in read_csv(run.folder / "table.csv")] == ["original"]
+    assert read_csv(run.folder / "comparison.csv") == []
+    assert "Gain of the propagated" not in (run.folder / "report.html").read_text()
+    assert "original  " in printed
+    assert "total  steps" in printed
+
+
+def test_a_split_that_is_absent_is_named(run, tmp_path, capsys):
+    other = write_mms(tmp_path / "other", [Tiny("Q1"), Tiny("Q2", "Validation")])
+    assert run(data=other) == 0
+    assert "--split can be Training or Validation" in capsys.readouterr().out
+    assert not (run.folder / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(["--view", "nobody"], "nobody"), (["--predict", "x.nii.gz"], "either")]
+)
+def test_wrong_words_are_one_line(evaluated, capsys, words, said):
+    before = outcome(evaluated.out)
+    assert evaluated(*words) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) == 1
+    assert outcome(evaluated.out) == before
+
+
+def test_another_dataset_has_its_own_folder(evaluated, run, tmp_path, capsys):
+    other = write_mms(
+        tmp_path / "</script><b>&data", [Tiny("Q1", "Testing", "C"), Tiny("Q2", "Testing", "C", 1, 3)]
+    )
+    assert run(data=other) == 0
+    assert "trained on another dataset" in capsys.readouterr().out
+    (folder,) = [path for path in run.folder.iterdir() if path.is_dir() and path.name != "predictions"]
+    assert folder.name == "script_b_data"
+    assert {line["case"] for line in read_csv(folder / "cases.csv")} == {"Q1", "Q2"}
+    page = (folder / "report.html").read_text()
+    assert "&lt;b&gt;&amp;data" in page
+    assert "<b>&data" not in page
+    shutil.rmtree(folder)
+    assert outcome(run.folder) == outcome(evaluated.folder)
+
+
+# ------------------------------------------------------------------------------------------ --predict
+
+
+def test_predict_is_the_evaluation_without_labels(run):
+    assert run("--predict", run.data / "Testing", data=None) == 0
+    for case in TESTING:
+        folder = run.out / "predictions" / f"{case.code}_sa"
+        found = nib.load(folder / f"{case.code}_sa_pred.nii.gz")
+        scored = nib.load(run.folder / "predictions" / "propagated" / f"{case.code}_sa_pred.nii.gz")
+        for frame in (case.ed, case.es):
+            np.testing.assert_array_equal(found.dataobj[..., frame], scored.dataobj[..., frame])
+        assert found.header == scored.header
+        assert np.asarray(found.dataobj).any(axis=(0, 1, 2)).all()  # every frame
+        rows = read_csv(folder / "volumes.csv")
+        assert [float(line["time_ms"]) for line in rows] == pytest.approx([0, 40, 80, 120, 160])
+        voxel = np.prod(found.header.get_zooms()[:3]) / 1000
+        volumes = voxel * (np.asarray(found.dataobj) == 3).sum((0, 1, 2))
+        assert [float(line["RV_ml"]) for line in rows] == pytest.approx(list(volumes), abs=1e-5)
+        assert (folder / "volumes.png").stat().st_size > 5000
+    assert len(read_csv(run.out / "predictions" / "summary.csv")) == len(TESTING)
+
+
+def test_ed_and_es_are_the_largest_and_the_smallest_lv(evaluated, tmp_path, monkeypatch):
+    """A network that knows the truth finds the phases, the volumes and the ejection fraction."""
+    image, labels = heart((40, 36, 3, 6), 4, 1)
+    write_nifti(tmp_path / "scan.nii.gz", image)
+    frames = iter(range(6))
+    monkeypatch.setattr(predict, "regions_on_own_grid", lambda *_: one_hot(labels[..., next(frames)]))
+    settings = EvaluationSettings(predict=(tmp_path,), size=32, spacing=2.0)
+    found = predict.predict_scan(
+        tmp_path / "out", tmp_path / "scan.nii.gz", None, settings, torch.device("cpu")
+    )
+    voxel = 1.4 * 1.3 * 9 / 1000
+    cavity = voxel * (labels == 1).sum((0, 1, 2))
+    assert (found["ED"], found["ES"]) == (4, 1)
+    assert found["LV_EDV_ml"] == pytest.approx(cavity[4], rel=1e-5)
+    assert found["LV_EF_percent"] == pytest.approx(100 * (cavity[4] - cavity[1]) / cavity[4], rel=1e-5)
+    assert found["LV_mass_g"] == pytest.approx(1.05 * voxel * (labels[..., 4] == 2).sum(), rel=1e-5)
+    np.testing.assert_array_equal(nib.load(tmp_path / "out" / "out_pred.nii.gz").dataobj, labels)
+
+
+def test_predict_three_dimensions_and_twice(run, tmp_path, capsys):
+    image, _ = heart((45, 37, 3, 2), 0, 1)
+    write_nifti(tmp_path / "in" / "still.nii.gz", image[..., 0])
+    words = ("--predict", tmp_path / "in" / "still.nii.gz")
+    assert run(*words, data=None) == 0
+    folder = run.out / "predictions" / "still"
+    assert nib.load(folder / "still_pred.nii.gz").shape == (45, 37, 3)
+    assert json.loads((folder / "summary.json").read_text())["ES"] is None
+    first = outcome(folder)
+    capsys.readouterr()
+    assert run(*words, data=None) == 0
+    assert "finished" in capsys.readouterr().out
+    assert run(*words, "--largest-component", data=None) == 0  # other words: done anew
+    labels = np.asarray(nib.load(folder / "still_pred.nii.gz").dataobj)
+    np.testing.assert_array_equal(labels, largest_component(labels))
+    assert run(*words, data=None) == 0
+    assert outcome(folder) == first
+    write_nifti(tmp_path / "elsewhere" / "still.nii.gz", image[..., 1])
+    assert run("--predict", tmp_path / "elsewhere", data=None) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert outcome(folder) == first
+
+
+def test_scans_are_named_apart(tmp_path):
+    for patient in ("p1", "p2"):
+        write_nifti(tmp_path / patient / "sa.nii.gz", np.ones((4, 4, 2), np.int16))
+        write_nifti(tmp_path / patient / "sa_gt.nii.gz", np.ones((4, 4, 2), np.int16))
+    write_nifti(tmp_path / "p1" / "other.nii", np.ones((4, 4, 2), np.int16))
+    assert list(find_scans([tmp_path])) == ["other", "p1_sa", "p2_sa"]
+    assert list(find_scans([tmp_path / "p1" / "sa_gt.nii.gz"])) == ["sa_gt"]
+
+
+def test_bad_scans_are_refused_before_anything_is_written(run, tmp_path, capsys):
+    image, _ = heart((40, 36, 2, 2), 0, 1)
+    write_nifti(tmp_path / "good.nii.gz", image)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "noise.nii.gz").write_bytes(b"not a scan")
+    write_nifti(tmp_path / "flat.nii.gz", np.zeros((40, 36), np.int16))
+    for bad in ("absent.nii.gz", "noise.nii.gz", "flat.nii.gz", "empty", "good.png"):
+        assert run("--predict", tmp_path / "good.nii.gz", tmp_path / bad, data=None) == 2
+        error = capsys.readouterr().err
+        assert bad in error
+        assert len(error.splitlines()) == 1
+    assert not (run.out / "predictions").exists()
+    with pytest.raises(InputError, match="rename one"):
+        find_scans([write_copy(tmp_path / k / "same" / "x.nii.gz", image) for k in "ab"])
+
+
+def write_copy(path, image):
+    write_nifti(path, image)
+    return path

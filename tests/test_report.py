@@ -1,0 +1,127 @@
+"""The figures' helpers, and report.html in a headless browser."""
+
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+import evaluate
+from cardiac import page
+from cardiac.report import heart_box
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = """--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking
+--disable-component-update --disable-sync --hide-scrollbars
+--enable-logging=stderr --virtual-time-budget=4000"""
+
+# Runs in a copy of the page: drives every control, writes what it saw into the document's title.
+DRIVER = """
+const seen = [], check = (name, ok) => seen.push(name + "=" + (ok ? "ok" : "FAILED"));
+const all = (where, what) => [...where.querySelectorAll(what)];
+const root = document.getElementById("cases"), slider = root.querySelector(".frame");
+const image = () => root.querySelector("image").getAttribute("href");
+function move(slider, value) { slider.value = value; slider.dispatchEvent(new Event("input")); }
+check("tiles", all(root, ".tiles svg").length === SLICES);
+check("contours", ["path.s0", "path.s1", "path.s2"].every(kind => all(root, kind).length > 0));
+const before = image(), name = root.querySelector("output").textContent;
+move(slider, 1 - slider.value);
+check("slider", image() !== before && root.querySelector("output").textContent !== name);
+const box = root.querySelector("input[type=checkbox][value=expert]");
+box.click();
+check("off", all(root, "path.s0").length === 0 && all(root, "path.s1").length > 0);
+box.click();
+check("on", all(root, "path.s0").length > 0);
+const table = all(document, "table").at(-1), head = all(table, "th");
+const cells = k => all(table, "tbody tr").map(row => row.children[k].textContent);
+const column = head.findIndex(th => th.textContent.startsWith("HD95"));
+for (const [k, sign] of [[column, 1], [column, -1], [0, 1], [0, -1]]) {
+  head[k].querySelector("button").click();
+  const values = cells(k).filter(text => text), kind = sign > 0 ? "ascending" : "descending";
+  const sorted = [...values].sort((a, b) => sign * (k ? a - b : a.localeCompare(b)));
+  check("sort " + k + kind, "" + sorted === "" + values && head[k].getAttribute("aria-sort") === kind);
+}
+const open = all(document, ".open").at(-1);
+open.click();
+check("open", root.querySelector("select").selectedOptions[0].textContent.startsWith(open.textContent));
+const cine = document.getElementById("propagation"), time = cine.querySelector(".frame");
+const dot = () => cine.querySelector(".curve circle").getAttribute("cx");
+move(time, 1);
+const first = dot();
+check("confidence", cine.querySelector(".note").textContent.includes("confidence") && +first > 0);
+const reached = node => { node.focus(); return node.tabIndex === 0 && document.activeElement === node; };
+check("keyboard", all(document, "button, input, select").every(reached));
+check("names", all(document, "input, select").every(node => node.labels.length === 1));
+check("inside", !document.querySelector("img[src^=http], script[src], link"));
+check("width", document.documentElement.scrollWidth <= innerWidth);
+const play = cine.querySelector(".play");
+play.click();
+setTimeout(() => {
+  check("play", time.value !== "1");
+  document.title = "SEEN " + seen.join(" ");
+}, 1000);
+"""
+
+
+@pytest.fixture(scope="module")
+def evaluation(trained_run, tmp_path_factory):
+    """The evaluation/ of a tiny run."""
+    data, trained = trained_run
+    out = tmp_path_factory.mktemp("report") / "run"
+    shutil.copytree(trained, out)
+    words = ["--data", data, "--out", out, "--workers", 1, "--split", "Validation", "--view", "D2C2C2"]
+    assert evaluate.main([str(word) for word in words]) == 0
+    return out / "evaluation"
+
+
+def test_report_is_one_small_file_that_loads_nothing(evaluation):
+    text = (evaluation / "report.html").read_text()
+    assert len(text) < 2_000_000
+    assert not re.findall(r"(?:src|href)=[\"']?(?!data:|\")[^\"'> ]", text)
+    assert "default-src 'none'" in text
+    assert "<!--" not in text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_report_works_in_a_browser(evaluation, tmp_path, width):
+    text = (evaluation / "report.html").read_text()
+    driver = f"<script>{DRIVER.replace('SLICES', '3')}</script></body>"
+    (tmp_path / "driven.html").write_text(text.replace("</body>", driver))
+    # Chromium's own window has a least width; a frame inside has none.
+    frame = f'<iframe src="driven.html" style="width: {width}px; height: 3000px"></iframe>'
+    relay = "<script>setInterval(() => document.title = frames[0].document.title, 50)</script>"
+    (tmp_path / "frame.html").write_text(f"<!doctype html><html><body>{frame}{relay}</body></html>")
+    flags = [*FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}", "--allow-file-access-from-files"]
+    command = [CHROMIUM, *flags, "--dump-dom", (tmp_path / "frame.html").as_uri()]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "CONSOLE" not in found.stderr
+    seen = re.search("<title>SEEN (.*?)</title>", found.stdout)
+    assert seen, found.stderr[-2000:]
+    assert "FAILED" not in seen[1], seen[1]
+    assert "play=ok" in seen[1]
+
+
+def test_embedded_data_cannot_end_its_script():
+    text = page._viewer("cases", [{"title": "</script><script>alert(1)</script>"}])
+    assert text.count("</script>") == 1
+    assert page._table([["a"], ["<img src=x onerror=alert(1)>"]]).count("<img") == 0
+
+
+def test_outline_of_one_pixel_and_of_two_parts():
+    mask = np.zeros((4, 5), bool)
+    mask[1, 2] = True  # its centre is at (x, y) = (2.5, 1.5): (5, 3) in half pixels
+    (path,) = re.findall(r"M(-?\d+) (-?\d+)l([-\d ]+)z", page._outline(mask))
+    points = np.cumsum([[int(path[0]), int(path[1])], *np.array(path[2].split(), int).reshape(-1, 2)], axis=0)
+    assert {tuple(point) for point in points} == {(4, 3), (5, 2), (6, 3), (5, 4)}
+    mask[3, 0] = True
+    assert page._outline(mask).count("M") == 2
+    assert page._outline(np.zeros((4, 5), bool)) == ""
+
+
+def test_heart_box_has_its_margin_and_stays_inside():
+    labels = np.zeros((40, 30, 3), np.uint8)
+    labels[10:15, 2:4] = 1
+    assert heart_box(labels, (2.0, 1.0), margin=6) == (slice(7, 18), slice(0, 10))
+    assert heart_box(np.zeros_like(labels), (1, 1))[0].stop >= 40
