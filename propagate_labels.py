@@ -39,7 +39,9 @@ def main(argv):
         else:
             path.unlink(missing_ok=True)
             shutil.rmtree(folder / "nifti", ignore_errors=True)
-            print(f"propagation: {len(cases)} cases, registration of step {trained.step}, on {describe(device)}")
+            print(
+                f"propagation: {len(cases)} cases, registration of step {trained.step}, on {describe(device)}"
+            )
             propagated, rows = propagate(network, cache, cases, settings.frames, device)
             write_csv(folder / "quality.csv", COLUMNS, rows)
             report.draw_cine(folder / "cine.gif", cache, cases, propagated)
@@ -59,7 +61,9 @@ def propagate(network, cache, cases, which, device):
         if which == "all":
             frames += propagation.frames_between(case.es, case.ed, case.frames)
         gains.append(propagation.carried_to_es(network, store))
-        tqdm.write(f"{case.code}: Dice of ED's label carried to ES {gains[-1][1]:.3f} (identity {gains[-1][0]:.3f})")
+        tqdm.write(
+            f"{case.code}: Dice of ED's label carried to ES {gains[-1][1]:.3f} (identity {gains[-1][0]:.3f})"
+        )
         if not frames:
             continue
         warped, confidence, folding = propagation.propagate_case(network, store, frames)
@@ -85,8 +89,7 @@ def propagate(network, cache, cases, which, device):
 
 
 def on_own_grid(cache, case, propagated):
-    """Labels (X, Y, Z, T) uint8 of a case: the expert's at ED and ES, propagated ones between, 0 elsewhere.
-    """
+    """Labels (X, Y, Z, T) uint8 of a case: expert at ED and ES, propagated between, 0 elsewhere."""
     labels = np.zeros(case.shape, np.uint8)
     grid = case.grid(cache)
     for frame, slices in propagated.of(case).items():

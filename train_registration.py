@@ -33,8 +33,7 @@ class Registration:
         return augment_pairs(batch, self.settings.seed, step) if self.settings.augment else batch
 
     def losses(self, batch):
-        """Image similarity + smoothness of the velocity + overlap of the labels (Balakrishnan et al., 2019).
-        """
+        """Image similarity + smoothness + overlap of the labels (Balakrishnan et al., 2019)."""
         velocity = self.network(batch.moving, batch.fixed)
         displacement = resize_displacement(integrate(velocity), batch.fixed.shape[-2:])
         # image and labels go through one grid_sample
@@ -73,9 +72,14 @@ def main(argv):
     cache = open_cache(settings)
     training, validation, _ = cache.training_and_validation(settings.seed)
     with run_folder(settings, "registration", cache.cases) as folder:
-        stores = SliceStore(cache, training, device, "training"), SliceStore(cache, validation, device, "validation")
+        stores = (
+            SliceStore(cache, training, device, "training"),
+            SliceStore(cache, validation, device, "validation"),
+        )
         task = Registration(settings, *stores)
-        print(f"registration: {settings.total_steps} steps of {settings.batch_size} pairs on {describe(device)}")
+        print(
+            f"registration: {settings.total_steps} steps of {settings.batch_size} pairs on {describe(device)}"
+        )
         if not fit(task, settings, folder, device, outcome="quality.csv"):
             return
         load_network(task.network, folder / "best.pt", device)

@@ -30,7 +30,11 @@ class Segmentation:
     def draw(self, step):
         """The slices and labels of step `step`."""
         images, labels = self.slices.draw(self.settings.batch_size, self.settings.seed, step)
-        return augment_slices(images, labels, self.settings.seed, step) if self.settings.augment else (images, labels)
+        return (
+            augment_slices(images, labels, self.settings.seed, step)
+            if self.settings.augment
+            else (images, labels)
+        )
 
     def losses(self, batch):
         """Cross-entropy over labelled pixels, and soft Dice where it has a weight."""
@@ -43,13 +47,14 @@ class Segmentation:
         return {"loss": entropy + self.settings.dice_weight * overlap, "entropy": entropy, "overlap": overlap}
 
     def validate(self):
-        """Loss and Dice of LV, MYO and RV, by case and phase, for seen vendors; Dice of the others beside it.
-        """
+        """Loss and Dice of LV, MYO and RV, by case and phase, of seen vendors; Dice of the others."""
         store, entropy, seen, unseen = self.validation, [], [], []
         for case in store.cases:
             for frame in (case.ed, case.es):
                 labels = store.labels[torch.from_numpy(case.label_rows(frame)).to(store.device)]
-                probabilities = networks.segment(self.network, store.images(torch.from_numpy(case.rows(frame))))
+                probabilities = networks.segment(
+                    self.network, store.images(torch.from_numpy(case.rows(frame)))
+                )
                 prediction, target = probabilities.argmax(1).cpu().numpy(), labels.cpu().numpy()
                 scores = [dice(prediction == label, target == label) for label in LABELS.values()]
                 (seen if case.vendor in self.seen else unseen).append(scores)
@@ -104,7 +109,7 @@ def main(argv):
         with run_folder(settings, place, cache.cases, labels) as folder:
             slices = LabelledSlices(store, extra)
             print(f"{name}: {slices.expert} expert slices + {len(slices) - slices.expert} propagated, "
-                  f"{settings.total_steps} steps of {settings.batch_size} on {describe(device)}", flush=True)  # fmt: skip
+                  f"{settings.total_steps} steps of {settings.batch_size} on {describe(device)}")  # fmt: skip
             task = Segmentation(settings, slices, validation)
             if fit(task, settings, folder, device, outcome="example.png"):
                 load_network(task.network, folder / "best.pt", device)

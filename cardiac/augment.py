@@ -26,21 +26,25 @@ def spatial_displacement(generator, batch, size, device, rotation=180, scale=0.2
     along, across = (torch.exp(draw[k] * scale) for k in (1, 2))
     across = torch.where(draw[3] < 0, -across, across)
     cosine, sine = torch.cos(angle), torch.sin(angle)
-    matrix = torch.stack([cosine * along, -sine * across, sine * along, cosine * across], -1).view(batch, 2, 2)
+    matrix = torch.stack([cosine * along, -sine * across, sine * along, cosine * across], -1).view(
+        batch, 2, 2
+    )
     offset = draw[4:].T * shift * size
     coarse = torch.randn(batch, 2, 8, 8, generator=generator) * elastic
     matrix, offset, coarse = (each.to(device, non_blocking=True) for each in (matrix, offset, coarse))
 
     axis = torch.arange(size, device=device) - (size - 1) / 2
     position = torch.stack(torch.meshgrid(axis, axis, indexing="ij"))  # (2, S, S), from the centre
-    affine = torch.einsum("bij,jhw->bihw", matrix - torch.eye(2, device=device), position) + offset[..., None, None]
+    affine = (
+        torch.einsum("bij,jhw->bihw", matrix - torch.eye(2, device=device), position)
+        + offset[..., None, None]
+    )
     smooth = F.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=False)
     return affine + smooth
 
 
 def move(displacement, images, labels):
-    """Warp images (B, C, S, S) linearly and labels (B, K, S, S) uint8 by nearest neighbour: they stay labels.
-    """
+    """Warp images (B, C, S, S) linearly, labels (B, K, S, S) uint8 by nearest neighbour."""
     return warp(images, displacement), warp(labels, displacement, "nearest").to(torch.uint8)
 
 

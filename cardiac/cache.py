@@ -42,11 +42,15 @@ class Grid:
 
     def to_slices(self, planes):
         """Resample planes (..., X, Y) to slices (..., S, S), zeros outside the image."""
-        return self._apply(planes, self.shape, (self.size,) * 2, [self.target / s for s in self.spacing], "zero")
+        return self._apply(
+            planes, self.shape, (self.size,) * 2, [self.target / s for s in self.spacing], "zero"
+        )
 
     def from_slices(self, slices, outside="zero"):
         """Resample slices (..., S, S) to planes (..., X, Y); outside the crop: "zero" or the "edge" value."""
-        return self._apply(slices, (self.size,) * 2, self.shape, [s / self.target for s in self.spacing], outside)
+        return self._apply(
+            slices, (self.size,) * 2, self.shape, [s / self.target for s in self.spacing], outside
+        )
 
     def labels_to_slices(self, labels):
         """Resample labels (..., X, Y) uint8: one-hot linearly, then arg max (nearest would fray the edge)."""
@@ -169,7 +173,9 @@ class Cache:
         if validation:
             return training, validation, unseen
         if len(labelled) == 1:
-            print(f"warning: no Validation, and one patient alone: {labelled[0].code} is trained and validated on")
+            print(
+                f"warning: no Validation, and one patient: {labelled[0].code} is trained and validated on"
+            )
             return training, labelled, unseen
         chosen = np.random.default_rng(seed).permutation(len(labelled))[: max(1, len(labelled) // 5)]
         validation = [labelled[k] for k in sorted(chosen)]
@@ -178,8 +184,7 @@ class Cache:
         return [case for case in training if case not in validation], validation, unseen
 
     def read(self, dataset, row_ranges, out):
-        """Read ranges [(start, stop), ...] of "images" or "labels" one after the other into the array `out`.
-        """
+        """Read ranges [(start, stop), ...] of "images" or "labels" one after the other into `out`."""
         with h5py.File(self.path) as file:
             position = 0
             for start, stop in row_ranges:
@@ -199,7 +204,9 @@ def open_cache(settings):
         "spacing": settings.spacing,
         "sources": _fingerprint(dataset),
     }
-    with locked(path.with_name(f".{path.name}.lock"), f"cache: waiting for another process at {path}", wait=True):
+    with locked(
+        path.with_name(f".{path.name}.lock"), f"cache: waiting for another process at {path}", wait=True
+    ):
         reason = _misfit(path, wanted)
         if reason:
             print(f"cache: building {path}: {reason}", flush=True)
@@ -244,8 +251,11 @@ def _misfit(path, wanted):
     for name in ("schema", "size", "spacing"):
         if found[name] != wanted[name]:
             return f"{name} differs: {found[name]} there, {wanted[name]} asked for"
-    changed = [name for name in {**found["sources"], **wanted["sources"]}
-               if found["sources"].get(name) != wanted["sources"].get(name)]
+    changed = [
+        name
+        for name in {**found["sources"], **wanted["sources"]}
+        if found["sources"].get(name) != wanted["sources"].get(name)
+    ]
     return f"sources differ: {sorted(changed)[0]} and {len(changed) - 1} more changed" if changed else None
 
 

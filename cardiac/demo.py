@@ -8,14 +8,14 @@ import argparse
 import shlex
 from pathlib import Path
 
-import evaluate
 import nibabel as nib
 import numpy as np
-import propagate_labels
 import torch
+
+import evaluate
+import propagate_labels
 import train_registration
 import train_segmentation
-
 from cardiac import LABELS, networks, phantom, propagation
 from cardiac.cache import open_cache
 from cardiac.metrics import dice
@@ -35,8 +35,12 @@ STEPS = (
 
 @script
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for phantom and runs (default: demo)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo"), help="folder for phantom and runs (default: demo)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--seed", type=int, default=0, help="of the phantom and of training (default: 0)")
     arguments = parser.parse_args(argv)
@@ -44,7 +48,16 @@ def main(argv):
     if not (data / "phantom.json").exists():
         print(f"# python -m cardiac.phantom {data} --seed {arguments.seed}", flush=True)
         phantom.write_phantom(data, seed=arguments.seed)
-    common = ["--data", str(data), "--out", str(out), "--device", arguments.device, "--seed", str(arguments.seed)]
+    common = [
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--device",
+        arguments.device,
+        "--seed",
+        str(arguments.seed),
+    ]
     for module, words in STEPS:
         command = [*common, *words.split()]
         print(f"\n# python {module.__name__}.py {shlex.join(command)}", flush=True)
@@ -66,11 +79,12 @@ def main(argv):
 
 @torch.no_grad()
 def score_against_truth(settings):
-    """Propagated labels and displacements of the training cases against the phantom's, a row a case and frame.
+    """Propagated labels and displacements of the training cases against the phantom's, a row a case and
+    frame.
 
-    Dice of each region in 3-D on the case's own grid, over the slices that were propagated, and their mean over
-    those of them that have a true label: at the base, tissue leaves a slice through the plane, which no in-plane
-    motion can follow. End-point error in mm within the true labels, beside that of the identity.
+    Dice of each region in 3-D on the case's own grid, over the slices that were propagated, and their mean
+    over those of them that have a true label: at the base, tissue leaves a slice through the plane, which no
+    in-plane motion can follow. End-point error in mm within the true labels, beside that of the identity.
     """
     cache, device = open_cache(settings), choose_device(settings.device)
     propagated = propagation.Propagated.read(settings.out / "propagation" / "labels.h5")
@@ -98,7 +112,9 @@ def score_against_truth(settings):
             row["dice_where_labelled"] = float(np.nanmean(scores))
             heart = truth[..., frame] > 0
             row["error_mm"] = float(np.linalg.norm(found - moved[..., frame, :], axis=-1)[heart].mean())
-            rows.append({**row, "identity_mm": float(np.linalg.norm(moved[..., frame, :], axis=-1)[heart].mean())})
+            rows.append(
+                {**row, "identity_mm": float(np.linalg.norm(moved[..., frame, :], axis=-1)[heart].mean())}
+            )
     return rows
 
 
@@ -111,10 +127,12 @@ def print_truth(rows):
 
 
 def _means(rows):
-    mean = {name: np.nanmean([row[name] for row in rows]) for name in rows[0] if name not in ("case", "vendor")}
+    mean = {
+        name: np.nanmean([row[name] for row in rows]) for name in rows[0] if name not in ("case", "vendor")
+    }
     regions = "  ".join(f"{region} {mean[region]:.3f}" for region in LABELS)
     total = np.mean([mean[region] for region in LABELS])
-    return (f"{regions}  mean Dice {total:.3f}, {mean['dice_where_labelled']:.3f} in slices with a true label; "
+    return (f"{regions}  mean {total:.3f}, {mean['dice_where_labelled']:.3f} where the truth has a label; "
             f"end-point error {mean['error_mm']:.2f} mm (identity {mean['identity_mm']:.2f})")  # fmt: skip
 
 

@@ -55,7 +55,9 @@ def read_json(path):
     try:
         return json.loads(Path(path).read_text())
     except (ValueError, OSError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); remove it or start with --overwrite") from error
+        raise InputError(
+            f"{path}: not readable as JSON ({error}); remove it or start with --overwrite"
+        ) from error
 
 
 def write_csv(path, columns, rows):

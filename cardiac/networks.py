@@ -30,7 +30,9 @@ class RegistrationNetwork(nn.Module):
             self.encoder.append(_convolution(channels, width))
             channels = width
         self.decoder = nn.ModuleList()
-        for width, skip in zip(decoder, [*encoder[:0:-1], 0]):  # the finest skip stays unused: half resolution
+        for width, skip in zip(
+            decoder, [*encoder[:0:-1], 0]
+        ):  # the finest skip stays unused: half resolution
             self.decoder.append(_convolution(channels, width))
             channels = width + skip
         self.last = nn.Sequential()
@@ -54,7 +56,9 @@ class RegistrationNetwork(nn.Module):
         for level, skip in zip(self.decoder[:-1], skips[:0:-1]):
             x = torch.cat([F.interpolate(level(x), scale_factor=2, mode="nearest"), skip], dim=1)
         x = self.last(self.decoder[-1](x))
-        with torch.autocast(x.device.type, enabled=False):  # a velocity in bfloat16 would be too coarse to integrate
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # a velocity in bfloat16 would be too coarse to integrate
             return F.conv2d(x.float(), self.velocity.weight.float(), self.velocity.bias.float(), padding=1)
 
 
@@ -98,7 +102,11 @@ def _convolution(before, after):
 def _double_convolution(before, after):
     layers = []
     for channels in (before, after):  # no bias: batch norm has its own
-        layers += [nn.Conv2d(channels, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+        layers += [
+            nn.Conv2d(channels, after, 3, padding=1, bias=False),
+            nn.BatchNorm2d(after),
+            nn.ReLU(inplace=True),
+        ]
     return nn.Sequential(*layers)
 
 

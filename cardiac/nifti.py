@@ -7,8 +7,7 @@ from cardiac.files import replacing
 
 
 def write_labels(path, labels, like):
-    """Write labels uint8 with the affine, zooms and units of the image at `like`; 3-D or 4-D, as `labels` is.
-    """
+    """Write labels (3-D or 4-D, uint8) with the affine, zooms and units of the image at `like`."""
     image = nib.load(like)
     header = image.header.copy()
     header.set_data_dtype(np.uint8)

@@ -34,8 +34,7 @@ def warp_labels(labels, displacement):
 
 @dataclass
 class Propagated:
-    """Propagated labels: `labels` (N, S, S) uint8, and of each slice (code, frame, slice) and its confidence.
-    """
+    """Propagated labels (N, S, S) uint8, and of each slice (code, frame, slice) and its confidence."""
 
     labels: np.ndarray
     where: list
@@ -71,7 +70,9 @@ class Propagated:
                 where = zip(file["case"].asstr()[:], file["frame"][:].tolist(), file["slice"][:].tolist())
                 return cls(file["labels"][:], list(where), file["confidence"][:])
         except (OSError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: not readable ({error}); run propagate_labels.py --overwrite") from error
+            raise InputError(
+                f"{path}: not readable ({error}); run propagate_labels.py --overwrite"
+            ) from error
 
 
 def made_from(path):
@@ -90,7 +91,9 @@ def carried_to_es(network, store):
     """
     (case,) = store.cases
     ed, es = (store.images(torch.from_numpy(case.rows(frame))) for frame in (case.ed, case.es))
-    source, target = (store.labels[torch.from_numpy(case.label_rows(f)).to(store.device)] for f in (case.ed, case.es))
+    source, target = (
+        store.labels[torch.from_numpy(case.label_rows(f)).to(store.device)] for f in (case.ed, case.es)
+    )
     warped = warp_labels(source, register(network, ed, es))
     target = target.cpu().numpy()
     return [
@@ -163,8 +166,7 @@ def score_registration(network, cache, cases, settings, device):
 
 
 def _to_own_grid(network, cache, case, device):
-    """ED's and ES's labels, ED's warped, all (X, Y, Z), spacing and Jacobian determinant (Z, X, Y) of a case.
-    """
+    """ED's and ES's labels, ED's warped, all (X, Y, Z), spacing, Jacobian determinant (Z, X, Y)."""
     store = SliceStore(cache, [case], device, None)
     ed, es = (store.images(torch.from_numpy(store.cases[0].rows(frame))) for frame in (case.ed, case.es))
     displacement = own_grid_displacement(register(network, ed, es), case.grid(cache))

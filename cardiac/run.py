@@ -96,7 +96,9 @@ def _fail(message, code):
 def choose_device(name):
     """The torch device for `--device auto|cpu|cuda`."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: this machine has no CUDA device that torch can use; try --device auto")
+        raise InputError(
+            "--device cuda: this machine has no CUDA device that torch can use; try --device auto"
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
@@ -119,9 +121,13 @@ def run_folder(settings, name, cases, labels=None):
     folder = settings.out / name
     busy = f"{folder}: another process is writing there; wait for it or choose another --out"
     with locked(settings.out / f".{name.replace('/', '-')}.lock", busy):
-        if settings.overwrite and folder.exists():
-            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        if settings.overwrite:
+            for path in folder.iterdir():
+                if not path.is_dir():
+                    path.unlink()
+                elif not (path / "config.json").exists():  # that is another run's: evaluation/NAME
+                    shutil.rmtree(path)
         config = folder / "config.json"
         made_of = {"dataset": dataset_identity(cases), "labels": labels}
         stored = read_json(config) if config.exists() else made_of
@@ -134,6 +140,10 @@ def run_folder(settings, name, cases, labels=None):
 
 
 def dataset_identity(cases):
-    """What tells one dataset from another: a digest of the splits and codes of its cases."""
-    names = "\n".join(sorted(f"{case.split}/{case.code}" for case in cases))
+    """What tells one dataset from another: a digest of the codes of its training cases (of all, without any).
+
+    Of those alone, so that Validation and Testing may be unpacked later.
+    """
+    training = [case for case in cases if case.split == "Training"]
+    names = "\n".join(sorted(case.code for case in training or cases))
     return hashlib.sha256(names.encode()).hexdigest()[:16]

@@ -23,7 +23,9 @@ class Settings:
     data: Path = setting(None, "dataset in the layout of M&Ms or ACDC", required=True)
     out: Path = setting(Path("runs"), "folder of this run")
     cache: Path = setting(None, "folder of slice caches (default: folder `cache` beside OUT)")
-    device: str = setting("auto", "where to compute; auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
+    device: str = setting(
+        "auto", "where to compute; auto: cuda where there is one", choices=("auto", "cpu", "cuda")
+    )
     size: int = setting(192, "side of the square slices, pixels (a multiple of 16)")
     spacing: float = setting(1.25, "in-plane spacing of the slices, mm")
     seed: int = setting(0, "what step n of a run draws depends on (seed, n) alone")
@@ -34,14 +36,23 @@ class Settings:
 
     def check(self):
         """Raise InputError for a value that cannot work, before any work is done."""
-        for name in ("size", "spacing", "batch_size", "lr", "epochs", "max_steps", "steps_per_epoch", "channels"):
+        for name in (
+            "size",
+            "spacing",
+            "batch_size",
+            "lr",
+            "epochs",
+            "max_steps",
+            "steps_per_epoch",
+            "channels",
+        ):
             value = getattr(self, name, None)
             if value is not None and not 0 < value < float("inf"):
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be a positive number")
         if self.size % 16:
             down = max(16, self.size // 16 * 16)
             raise InputError(
-                f"--size {self.size}: the networks halve four times; take a multiple of 16, {down} or {down + 16}"
+                f"--size {self.size}: the networks halve it four times; take {down} or {down + 16}"
             )
         limits = dict.fromkeys(("seed", "workers", "patience", "smoothness", "dice_weight"), float("inf"))
         for name, largest in {**limits, "averaging": 1, "labelled_share": 1}.items():
@@ -60,8 +71,12 @@ class TrainingSettings(Settings):
     batch_size: int = setting(16, "slices (segmentation) or pairs of slices (registration) a step")
     lr: float = setting(1e-3, "learning rate of Adam")
     augment: bool = setting(False, "a random transform for every sample (`augment.py`)")
-    averaging: float = setting(0.0, "decay of the running average of the weights that is validated and kept; 0: none")
-    patience: int = setting(10, "epochs without a lower validation loss before the learning rate is cut to a tenth")
+    averaging: float = setting(
+        0.0, "decay of the running average of the weights that is validated and kept; 0: none"
+    )
+    patience: int = setting(
+        10, "epochs without a lower validation loss before the learning rate is cut to a tenth"
+    )
 
     @property
     def total_steps(self):
@@ -125,8 +140,23 @@ class EvaluationSettings(Settings):
             raise InputError("give either --data (a dataset to score) or --predict (scans to segment)")
 
 
-SHARED = ("size", "spacing", "seed", "recipe", "channels", "skip_bad")  # what later scripts take from earlier ones
-HERE = ("data", "out", "cache", "device", "workers", "overwrite", "labels")  # a matter of this call, never taken
+SHARED = (
+    "size",
+    "spacing",
+    "seed",
+    "recipe",
+    "channels",
+    "skip_bad",
+)  # what later scripts take from earlier ones
+HERE = (
+    "data",
+    "out",
+    "cache",
+    "device",
+    "workers",
+    "overwrite",
+    "labels",
+)  # a matter of this call, never taken
 BUDGET = ("epochs", "max_steps", "nifti")  # taken, but a typed one may differ: the run goes on
 
 
@@ -137,7 +167,9 @@ def parse(kind, argv, description, own=(), earlier=()):
     words, and a typed one that contradicts it is an InputError (unless --overwrite). earlier: folders of the
     scripts before it, which give size, spacing, seed, recipe and channels in the same way.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for item in dataclasses.fields(kind):
         options = dict(item.metadata)
         text = options.pop("help").replace("%", "%%")
@@ -198,7 +230,7 @@ def _merge(settings, typed, stored, config):
         elif name not in BUDGET and getattr(settings, name) != stored[name]:
             flag = "--" + name.replace("_", "-")
             raise InputError(
-                f"{flag} {getattr(settings, name)} contradicts {flag} {stored[name]} of the run in {config.parent}; "
+                f"{flag} {getattr(settings, name)} contradicts {flag} {stored[name]} of {config.parent}; "
                 "leave it away, choose another --out, or start anew with --overwrite"
             )
     return names

@@ -48,7 +48,11 @@ class SliceStore:
         self.labels = torch.from_numpy(labels).to(device)
         self.cases = _rebase(cases)
         if what:
-            where = {"device": f"on the device ({device.type})", "host": "in host memory", "file": "in the file"}
+            where = {
+                "device": f"on the device ({device.type})",
+                "host": "in host memory",
+                "file": "in the file",
+            }
             size = rows * cache.size**2 * 2 / 1e9
             print(f"{what}: {len(cases)} cases, {rows} slices, {size:.2f} GB {where[place]}", flush=True)
 
@@ -113,7 +117,9 @@ class Pairs:
         columns = []
         for case in store.cases:
             for z in range(case.slices):
-                labels = (case.first_label + z, case.first_label + case.slices + z) if case.labelled else (-1, -1)
+                labels = (
+                    (case.first_label + z, case.first_label + case.slices + z) if case.labelled else (-1, -1)
+                )
                 frames = (case.ed, case.es) if case.labelled else (-1, -1)
                 columns.append((case.first + z, case.slices, case.frames, *frames, *labels))
         self.table = torch.tensor(columns).T
@@ -170,4 +176,6 @@ class LabelledSlices:
     def draw(self, batch_size, seed, step):
         """The slices of one step: images (B, 1, S, S) and labels (B, S, S)."""
         which = torch.randint(len(self), (batch_size,), generator=step_generator(seed, step))
-        return self.store.images(self.rows[which]), self.labels[which.to(self.store.device, non_blocking=True)]
+        return self.store.images(self.rows[which]), self.labels[
+            which.to(self.store.device, non_blocking=True)
+        ]

@@ -67,7 +67,10 @@ def fit(task, settings, folder, device, outcome="curves.png"):
         progress = _resume(folder / "last.pt", device, parts)
     total = settings.total_steps
     if progress.step >= total:
-        print(f"{folder}: finished at step {progress.step}; a larger --max-steps or --epochs goes on", flush=True)
+        print(
+            f"{folder}: finished at step {progress.step}; a larger --max-steps or --epochs goes on",
+            flush=True,
+        )
         return not (folder / outcome).exists()
     (folder / outcome).unlink(missing_ok=True)
     # the last epoch of a run that --max-steps cut short goes on as if it had not been
@@ -217,7 +220,7 @@ class Meter:
         """Bring the sums to `progress`; returns the means over the running epoch. Waits for the device."""
         if math.isfinite(self.first_bad.item()):
             raise InputError(
-                f"the loss is not finite from step {int(self.first_bad.item())} on; last.pt is from before it; "
+                f"the loss is not finite from step {int(self.first_bad.item())} on; last.pt is older; "
                 "a lower --lr may help (with --overwrite)"
             )
         now = time.perf_counter()
@@ -249,7 +252,9 @@ class Meter:
         """Losses of the running epoch and scores of the last validation, on the progress bar."""
         self.scores = scores or self.scores
         steps = max(1, self.progress.sums.get("steps", 0))
-        shown = {name: f"{value / steps:.3f}" for name, value in self.progress.sums.items() if name != "steps"}
+        shown = {
+            name: f"{value / steps:.3f}" for name, value in self.progress.sums.items() if name != "steps"
+        }
         shown |= {name: f"{value:.3f}" for name, value in self.scores.items()}
         self.bar.set_postfix(shown)
 
@@ -291,13 +296,14 @@ def read_checkpoint(path, device):
         operator.index(Progress(**state["progress"]).step)
     except Exception as error:  # a broken or hostile file can raise anything; none of it is worth a traceback
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
-        raise InputError(f"{path}: not a checkpoint of this program ({reason}); remove it or --overwrite") from error
+        raise InputError(
+            f"{path}: not a checkpoint of this program ({reason}); remove it or --overwrite"
+        ) from error
     return state
 
 
 def load_network(network, path, device):
-    """Load the weights of a checkpoint into `network`, ready for inference; returns the `Progress` it was at.
-    """
+    """Load a checkpoint's weights into `network`, ready for inference; returns its `Progress`."""
     state = read_checkpoint(path, device)
     _restore(path, state, network=network)
     network.to(device, memory_format=torch.channels_last).eval()

@@ -77,5 +77,6 @@ def _sampling_grid(displacement):
     rows = (2 * torch.arange(height, **options) + 1) / height - 1
     columns = (2 * torch.arange(width, **options) + 1) / width - 1
     return torch.stack(
-        [columns + displacement[:, 1] * (2 / width), rows[:, None] + displacement[:, 0] * (2 / height)], dim=-1
+        [columns + displacement[:, 1] * (2 / width), rows[:, None] + displacement[:, 0] * (2 / height)],
+        dim=-1,
     )

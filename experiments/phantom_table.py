@@ -2,9 +2,10 @@
 
     python experiments/phantom_table.py --out experiments/runs/phantom --seeds 5
 
-One registration carries the labels; each seed trains three U-Nets at equal steps. Seeds that are in OUT/cases.csv
-already are not run again. Ends with the table, mean and standard deviation over seeds, and with the
-gain of `propagated` over `original` and the way left to the oracle, with 95 % intervals over patients and seeds.
+One registration carries the labels; each seed trains three U-Nets at equal steps. Seeds that are in
+OUT/cases.csv already are not run again. Ends with the table, mean and standard deviation over seeds, and with
+the gain of `propagated` over `original` and the way left to the oracle, with 95 % intervals over patients and
+seeds.
 """
 
 import argparse
@@ -35,7 +36,10 @@ def register_and_propagate(out, common, words):
     """One registration and propagation for all seeds; its labels, and their scores against the truth."""
     folder = out / "registered"
     grid = ["--size", str(words.size), "--spacing", str(words.spacing)]
-    call(train_registration, [*common, "--out", str(folder), *grid, "--max-steps", str(words.registration_steps)])
+    call(
+        train_registration,
+        [*common, "--out", str(folder), *grid, "--max-steps", str(words.registration_steps)],
+    )
     call(propagate_labels, [*common, "--out", str(folder)])
     settings = parse(PropagationSettings, [*common, "--out", str(folder)], None, earlier=("registration",))
     if not (out / "truth.csv").exists():
@@ -61,7 +65,9 @@ def run_seed(out, common, seed, words, propagation, cache):
         network = SegmentationNetwork(words.channels)
         load_network(network, folder / "segmentation" / kind / "best.pt", device)
         settings = parse(EvaluationSettings, [*seeded, *grid], None)
-        scored = evaluation.score_model(model, network, cache, cases, settings, device, folder / "predictions")
+        scored = evaluation.score_model(
+            model, network, cache, cases, settings, device, folder / "predictions"
+        )
         rows += [{"seed": seed, **row} for row, _ in scored]
     return rows
 
@@ -100,7 +106,9 @@ def interval(differences, resamples=10_000):
     generator = np.random.default_rng(0)
     seeds, patients = differences.shape
     means = [
-        differences[generator.integers(seeds, size=seeds)][:, generator.integers(patients, size=patients)].mean()
+        differences[generator.integers(seeds, size=seeds)][
+            :, generator.integers(patients, size=patients)
+        ].mean()
         for _ in range(resamples)
     ]
     return differences.mean(), *np.percentile(means, (2.5, 97.5))
@@ -119,7 +127,9 @@ def print_results(rows, truth):
             for seed in seeds
         ]
         cells = [[table[name] for table in tables] for name in evaluation.TABLE[1:]]
-        print(f"| {model} | " + " | ".join(f"{np.mean(cell):.3f} ({np.std(cell):.3f})" for cell in cells) + " |")
+        print(
+            f"| {model} | " + " | ".join(f"{np.mean(cell):.3f} ({np.std(cell):.3f})" for cell in cells) + " |"
+        )
     print()
     for name, vendors in (("all vendors", tuple("ABCD")), ("seen A, B", ("A", "B")), ("unseen C, D", UNSEEN)):
         means = {model: patient_means(rows, model, seeds, vendors) for model in MODELS}
@@ -138,7 +148,9 @@ def _number(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("experiments/runs/phantom"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--size", type=int, default=96, help="pixels")

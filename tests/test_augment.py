@@ -22,7 +22,9 @@ def disc(batch=8):
 def test_labels_stay_labels_and_lie_where_the_image_does():
     images, labels = disc()
     images, labels = augment.move(
-        augment.spatial_displacement(step_generator(0, 0), len(images), SIZE, images.device), images, labels[:, None]
+        augment.spatial_displacement(step_generator(0, 0), len(images), SIZE, images.device),
+        images,
+        labels[:, None],
     )
     assert set(labels.unique().tolist()) == {0, 2, IGNORED}
     assert (labels[0] == IGNORED).all()

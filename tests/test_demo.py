@@ -14,7 +14,9 @@ TINY = ("--size 48 --spacing 4 --max-steps 2 --steps-per-epoch 2", "", "--channe
 def ran(tmp_path_factory):
     """The folder and what was printed of a demo with tiny settings."""
     out = tmp_path_factory.mktemp("demo")
-    write_phantom(out / "phantom", training=2, validation=1, testing=4, unlabelled=1, frames=6, slices=2, size=48)
+    write_phantom(
+        out / "phantom", training=2, validation=1, testing=4, unlabelled=1, frames=6, slices=2, size=48
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "STEPS", tuple((step[0], words) for step, words in zip(demo.STEPS, TINY)))
         assert demo.main(["--out", str(out), "--device", "cpu"]) == 0
@@ -22,7 +24,12 @@ def ran(tmp_path_factory):
 
 
 def test_demo_leaves_what_it_names(ran):
-    for name in ("registration/example.png", "propagation/cine.gif", "evaluation/report.html", "evaluation/table.md"):
+    for name in (
+        "registration/example.png",
+        "propagation/cine.gif",
+        "evaluation/report.html",
+        "evaluation/table.md",
+    ):
         assert (ran / "runs" / name).stat().st_size > 0
 
 
