@@ -83,6 +83,7 @@ def fit(task, settings, folder, device, outcome="curves.png"):
         parts = {"network": network, "optimizer": optimizer, "schedule": schedule, "average": average}
         state = {part: holder.state_dict() for part, holder in parts.items()}
         write_checkpoint(folder / name, {**state, "progress": dataclasses.asdict(progress)})
+        meter.saved = time.perf_counter()
 
     meter = Meter(progress, total, settings.batch_size, device)
     with deferred_signals() as leave_if_asked, meter.bar:
@@ -127,7 +128,7 @@ def fit(task, settings, folder, device, outcome="curves.png"):
                 write_csv(folder / "log.csv", list(progress.rows[-1]), progress.rows)
                 meter.show(scores)
                 save()
-            elif meter.seconds_since_save() > SAVE_EVERY:
+            elif time.perf_counter() - meter.saved > SAVE_EVERY:
                 save()
             leave_if_asked(save)
     return True
@@ -191,7 +192,7 @@ class Meter:
         self.sums = {name: torch.tensor(value, **double) for name, value in progress.sums.items()}
         self.first_bad = torch.tensor(math.inf, device=device)
         self.scores = {}
-        self.begun = self.clock = self.epoch_clock = time.perf_counter()
+        self.begun = self.clock = self.epoch_clock = self.saved = time.perf_counter()
         self.first_step = self.epoch_step = progress.step
         self.waited = 0.0
 
@@ -204,7 +205,7 @@ class Meter:
 
     def add(self, losses):
         """Count the losses of a step on the device; look at them every READ_EVERY steps."""
-        step = torch.tensor(float(self.progress.step), device=self.device)
+        step = torch.full((), float(self.progress.step), device=self.device)  # no copy from the host: no wait
         self.first_bad = torch.where(losses["loss"].isfinite(), self.first_bad, self.first_bad.minimum(step))
         for name, value in {**losses, "steps": torch.ones_like(step)}.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().double()
@@ -257,10 +258,6 @@ class Meter:
         }
         shown |= {name: f"{value:.3f}" for name, value in self.scores.items()}
         self.bar.set_postfix(shown)
-
-    def seconds_since_save(self):
-        """Seconds of work that a kill would cost now."""
-        return time.perf_counter() - self.clock
 
     def _estimate(self, done):
         seconds = (time.perf_counter() - self.begun) / done
