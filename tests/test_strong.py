@@ -1,0 +1,81 @@
+"""The strong recipe: its words reach the runs, averaged weights are kept, and it resumes bit for bit."""
+
+import pytest
+import torch
+
+import train_registration
+import train_segmentation
+from cardiac.files import read_json
+from cardiac.losses import IGNORED, soft_dice_loss
+from cardiac.networks import SegmentationNetwork
+from cardiac.training import WeightAverage
+
+GRID = "--size 32 --spacing 2 --workers 1 --device cpu --recipe strong --steps-per-epoch 2 --batch-size 4"
+SCRIPTS = {
+    "registration": (train_registration, ""),
+    "segmentation/original": (train_segmentation, "--channels 2"),
+}
+
+
+@pytest.mark.parametrize("place", SCRIPTS)
+def test_strong_runs_resume_bit_for_bit(place, tiny_data, tmp_path):
+    script, words = SCRIPTS[place]
+    words = [*GRID.split(), *words.split(), *(["--labels", "original"] if "segmentation" in place else [])]
+    for out, limits in (("once", (4,)), ("twice", (2, 4))):
+        for steps in limits:
+            command = [
+                "--data",
+                str(tiny_data),
+                "--out",
+                str(tmp_path / out),
+                *words,
+                "--max-steps",
+                str(steps),
+            ]
+            assert script.main(command) == 0
+    once, twice = (
+        torch.load(tmp_path / out / place / "last.pt", weights_only=True) for out in ("once", "twice")
+    )
+    for part in ("network", "average"):
+        assert once[part].keys() == twice[part].keys()
+        assert all(torch.equal(once[part][name], twice[part][name]) for name in once[part])
+    settings = read_json(tmp_path / "once" / place / "config.json")["settings"]
+    assert settings["augment"] is True
+    assert settings["averaging"] > 0
+    best = torch.load(tmp_path / "once" / place / "best.pt", weights_only=True)
+    assert all(torch.equal(best["network"][name], best["average"][name]) for name in best["average"])
+    assert any(not torch.equal(once["network"][name], once["average"][name]) for name in once["average"])
+
+
+def test_average_follows_the_weights_and_is_put_back():
+    network = SegmentationNetwork(1)
+    average = WeightAverage(network, 0.5)
+    weight = network.classify.weight
+    expected = None
+    for step, value in enumerate((0.0, 1.0, 5.0), start=1):
+        with torch.no_grad():
+            weight.fill_(value)
+        average.update(step)
+        decay = min(0.5, step / (step + 10))
+        expected = value if expected is None else decay * expected + (1 - decay) * value
+    with average.applied():
+        assert torch.allclose(weight, torch.full_like(weight, expected))
+    assert (weight == 5).all()
+
+
+def test_no_decay_keeps_nothing():
+    average = WeightAverage(SegmentationNetwork(1), 0.0)
+    average.update(1)
+    assert average.state_dict() == {}
+    with average.applied():
+        pass
+
+
+def test_soft_dice_of_certain_logits():
+    labels = torch.tensor([[[0, 1, 2], [3, 1, 2], [3, 0, IGNORED]]], dtype=torch.uint8)
+    right = torch.nn.functional.one_hot(labels.long().clamp(max=3), 4).permute(0, 3, 1, 2) * 50.0
+    assert soft_dice_loss(right, labels) < 1e-6
+    assert soft_dice_loss(right.roll(1, 1), labels) > 0.99
+    anything = right.clone()
+    anything[..., 2, 2] = torch.tensor([0.0, 90, 0, 0])[None]
+    assert torch.equal(soft_dice_loss(anything, labels), soft_dice_loss(right, labels))
