@@ -205,6 +205,8 @@ class Results:
             return ""
         found = self.comparison[0]
         gain, low, high = (number(found[name], "+.4f") for name in ("mean_difference", "low", "high"))
+        if not low:  # not defined for a single patient
+            return f"propagated - original: mean Dice {gain}, {found['n']} patient"
         return (f"propagated - original: mean Dice {gain} (95 % interval {low} to {high}, bootstrap over "
                 f"{found['n']} patients; Wilcoxon {p_text(found['p'])})")  # fmt: skip
 
