@@ -4,8 +4,9 @@ Layout of the file, which is rebuilt whenever it does not fit what is asked for:
 
     images   (N, S, S) float16   every frame of every case, row = first + frame * slices + slice
     labels   (M, S, S) uint8     expert frames alone, row = first_label + k * slices + slice for k of (ED, ES)
-    cases    (K,) JSON           code of each case, its first rows in both, and the share of labels cropped
-    attributes: schema, size, spacing, sources (JSON: relative path -> size, mtime)
+    cases, sources, skipped      JSON: of each case its code, first rows in both and share of labels cropped;
+                                 relative path -> size, mtime; why cases were left out
+    attributes: schema, size, spacing
 
 Slices keep the axes of the NIfTI array, X along H and Y along W.
 """
@@ -21,10 +22,10 @@ from tqdm import tqdm
 
 from cardiac import CLASSES
 from cardiac.cases import Case, load_case, read_cases, refusal
-from cardiac.files import InputError, locked, replacing
+from cardiac.files import InputError, hdf5_dataset, locked, writing_hdf5
 from cardiac.workers import worker_pool
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -207,15 +208,15 @@ def open_cache(settings):
     with locked(
         path.with_name(f".{path.name}.lock"), f"cache: waiting for another process at {path}", wait=True
     ):
-        reason = _misfit(path, wanted)
+        reason = _misfit(path, wanted, _rows(cases))
         if reason:
             print(f"cache: building {path}: {reason}", flush=True)
             _build(path, dataset, wanted, settings)
     for warning in dataset.warnings:
         print(f"warning: {warning}")
     with h5py.File(path) as file:
-        places = [json.loads(text) for text in file["cases"].asstr()[:]]
-        skipped = (*dataset.problems, *json.loads(file["skipped"].asstr()[()]))
+        places = json.loads(file["cases"][()])
+        skipped = (*dataset.problems, *json.loads(file["skipped"][()]))
     if skipped and not settings.skip_bad:
         raise refusal(skipped, settings.data)
     known = {case.code: case for case in cases}
@@ -238,37 +239,52 @@ def _fingerprint(dataset):
     return sources
 
 
-def _misfit(path, wanted):
+def _rows(cases):
+    """How many slices the cache has of images and, at most, of labels."""
+    labelled = [case for case in cases if case.ed is not None]
+    return {
+        "images": sum(case.shape[2] * case.shape[3] for case in cases),
+        "labels": sum(2 * case.shape[2] for case in labelled),
+    }
+
+
+def _misfit(path, wanted, rows):
     """Why the file at `path` cannot be used as it is, or None."""
     if not path.exists():
         return "there is none yet"
     try:
         with h5py.File(path) as file:
             found = {name: file.attrs.get(name) for name in ("schema", "size", "spacing")}
-            found["sources"] = json.loads(file["sources"].asstr()[()])
-    except (OSError, KeyError, ValueError) as error:
+            found["sources"] = json.loads(hdf5_dataset(file, "sources")[()])
+            for name in ("cases", "skipped"):
+                hdf5_dataset(file, name)
+            shapes = {name: hdf5_dataset(file, name).shape for name in rows}
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
         return f"the file there is not readable ({str(error).splitlines()[0]})"
     for name in ("schema", "size", "spacing"):
-        if found[name] != wanted[name]:
+        if not np.array_equal(found[name], wanted[name]):
             return f"{name} differs: {found[name]} there, {wanted[name]} asked for"
     changed = [
         name
         for name in {**found["sources"], **wanted["sources"]}
         if found["sources"].get(name) != wanted["sources"].get(name)
     ]
-    return f"sources differ: {sorted(changed)[0]} and {len(changed) - 1} more changed" if changed else None
+    if changed:
+        return f"sources differ: {sorted(changed)[0]} and {len(changed) - 1} more changed"
+    expected = {name: (count, wanted["size"], wanted["size"]) for name, count in rows.items()}
+    return None if shapes == expected else f"the file there holds arrays of other shapes: {shapes}"
 
 
 def _build(path, dataset, wanted, settings):
     """Preprocess the cases in worker processes and write them, in order, from this one."""
     size, spacing, cases = settings.size, settings.spacing, dataset.good(settings.skip_bad)
-    rows = sum(case.shape[2] * case.shape[3] for case in cases)
-    label_rows = sum(2 * case.shape[2] for case in cases if case.ed is not None)
+    rows, texts = _rows(cases), json.dumps(wanted)
     places, first, first_label, problems = [], 0, 0, []
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    room = (2 * rows["images"] + rows["labels"]) * size**2 + 2 * len(texts) + 2**20
+    with writing_hdf5(path, room) as file:
         # contiguous: a case is one run of bytes, read at the speed of the disk
-        images = file.create_dataset("images", (rows, size, size), np.float16)
-        labels = file.create_dataset("labels", (label_rows, size, size), np.uint8)
+        images = file.create_dataset("images", (rows["images"], size, size), np.float16)
+        labels = file.create_dataset("labels", (rows["labels"], size, size), np.uint8)
         jobs = [(case, size, spacing) for case in cases]
         with worker_pool(settings.workers, len(jobs)) as run:
             for case, result in zip(cases, tqdm(run(_preprocess, jobs), "cache", len(jobs), unit="case")):
@@ -288,11 +304,11 @@ def _build(path, dataset, wanted, settings):
                     first_label += len(case_labels)
                 places.append(place)
                 first += len(case_images)
-        file["skipped"] = json.dumps(problems)
+        file["skipped"] = np.bytes_(json.dumps(problems))
         if not places:
             raise InputError(f"{dataset.root}: no case could be read")
-        file["cases"] = [json.dumps(place) for place in places]
-        file["sources"] = json.dumps(wanted["sources"])
+        file["cases"] = np.bytes_(json.dumps(places))
+        file["sources"] = np.bytes_(json.dumps(wanted["sources"]))
         file.attrs.update({name: wanted[name] for name in ("schema", "size", "spacing")})
 
 

@@ -39,6 +39,7 @@ ACDC_PLACES = ("training", "testing")
 LARGEST = 2 * 2**30  # bytes of one file after decoding; the largest scan of M&Ms takes 1.2 GiB as float64
 DEFLATE = 1100  # gzip cannot make anything more than 1032 times smaller
 EXTENT_MM = (1, 2000)  # of a slice; outside, the spacing is damaged or in another unit
+CODE = re.compile(r"[\w-][\w.-]{0,99}", re.ASCII)
 UNREADABLE = (OSError, EOFError, zlib.error, ValueError, OverflowError, nib.spatialimages.HeaderDataError)
 
 
@@ -410,7 +411,7 @@ def _read_rows(table):
             raise _fault(table, f"no column {_join(columns, ' or ')}; the first line is {found}")
     for line, row in content:
         row = {name: text.strip() for name, text in row.items() if name}  # '' is the index, or cells too many
-        if re.fullmatch(r"[\w-][\w.-]{0,99}", row["External code"], re.ASCII):
+        if CODE.fullmatch(row["External code"]):
             rows[row["External code"].lower()].append((line, row))
         elif any(row.values()):
             what = f"line {line}: External code {ascii(row['External code'])[:80]}"
@@ -455,6 +456,8 @@ def _vendor(letter, name):
 
 def _acdc_case(base, place, folder):
     code, info = folder.name, folder / "Info.cfg"
+    if not CODE.fullmatch(code):
+        raise InputError("the folder's name is not made of letters, digits, '.', '_' and '-'")
     try:
         lines = info.read_text(errors="replace").splitlines()
     except OSError as error:

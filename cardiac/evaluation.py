@@ -190,6 +190,8 @@ class Results:
                 text += f" The registration saw unlabelled scans of vendor {', '.join(sorted(unlabelled))}."
         else:
             text += " The models were trained on another dataset."
+        if self.cache.skipped:
+            text += f" {len(self.cache.skipped)} left out with --skip-bad: {'; '.join(self.cache.skipped)}."
         if self.undefined:
             text += f" {self.undefined} scores are not defined (region absent from both masks) and left out."
         if self.failures:

@@ -8,6 +8,8 @@ import json
 import os
 from pathlib import Path
 
+import h5py
+
 
 class InputError(Exception):
     """Something the user gave is wrong. The message is one line: which file, what is wrong, what to do."""
@@ -30,8 +32,44 @@ def replacing(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which file it was
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing_hdf5(path, size):
+    """`replacing` for an open HDF5 file of up to `size` bytes, which are reserved before.
+
+    HDF5 does not survive a full disk: the process crashes when the file is closed, without a message.
+    """
+    empty = io.BytesIO()
+    h5py.File(empty, "w").close()
+    with replacing(path) as temporary:
+        with open(temporary, "wb", buffering=0) as file:
+            file.write(empty.getvalue())
+            if hasattr(os, "posix_fallocate"):  # macOS has none
+                os.posix_fallocate(file.fileno(), 0, size)
+        with h5py.File(temporary, "r+") as file:
+            yield file
+
+
+def hdf5_dataset(file, name):
+    """Dataset `name` of an open HDF5 file that may come from a stranger; ValueError where it cannot be trusted.
+
+    It has to lie in the file itself, not behind a link, and claim no more bytes than the file has (text of
+    variable length could claim any number).
+    """
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+        raise ValueError(f"no dataset {name} in it")
+    found = file[name]
+    if not isinstance(found, h5py.Dataset) or found.external or found.is_virtual or found.dtype.hasobject:
+        raise ValueError(f"{name} is not a plain dataset")
+    if found.nbytes > os.path.getsize(file.filename):
+        raise ValueError(f"{name} claims {found.nbytes:,} bytes, more than the file has")
+    return found
 
 
 def write_bytes(path, data):

@@ -9,7 +9,7 @@ from scipy.ndimage import distance_transform_edt
 
 from cardiac import LABELS, REGIONS
 from cardiac.cases import load_labels
-from cardiac.files import InputError, replacing
+from cardiac.files import InputError, hdf5_dataset, writing_hdf5
 from cardiac.losses import IGNORED, one_hot
 from cardiac.metrics import dice, score_case
 from cardiac.networks import register
@@ -43,9 +43,9 @@ class Propagated:
     def write(self, path, made_from):
         """Write labels.h5; `made_from` tells the registration and settings that it was made with."""
         codes, frames, slices = zip(*self.where) if self.where else ((), (), ())
-        with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        with writing_hdf5(path, self.labels.nbytes + 200 * len(codes) + 2**20) as file:
             file.create_dataset("labels", data=self.labels)
-            file.create_dataset("case", data=list(codes), dtype=h5py.string_dtype())
+            file.create_dataset("case", data=np.array(codes, "S"))
             file.create_dataset("frame", data=np.array(frames, np.int32))
             file.create_dataset("slice", data=np.array(slices, np.int32))
             file.create_dataset("confidence", data=np.array(self.confidence, np.float32))
@@ -66,10 +66,17 @@ class Propagated:
         if not path.exists():
             raise InputError(f"{path}: there are no propagated labels; run propagate_labels.py before")
         try:
+            names = ("labels", "case", "frame", "slice", "confidence")
             with h5py.File(path) as file:
-                where = zip(file["case"].asstr()[:], file["frame"][:].tolist(), file["slice"][:].tolist())
-                return cls(file["labels"][:], list(where), file["confidence"][:])
-        except (OSError, KeyError, TypeError, AttributeError) as error:
+                labels, *columns = (hdf5_dataset(file, name)[:] for name in names)
+            kinds = "".join(each.dtype.kind for each in (labels, *columns))
+            lengths = {len(each) for each in (labels, *columns)}
+            if kinds != "uSiif" or labels.ndim != 3 or len(lengths) > 1 or labels.max(initial=0) > len(LABELS):
+                raise ValueError("its parts do not fit each other")
+            codes, *columns = (each.tolist() for each in columns)
+            where = [(code.decode("ascii"), *place) for code, *place in zip(codes, *columns[:2])]
+            return cls(labels, where, np.array(columns[2], np.float32))
+        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(
                 f"{path}: not readable ({error}); run propagate_labels.py --overwrite"
             ) from error
@@ -79,7 +86,7 @@ def made_from(path):
     """What the labels.h5 at `path` was made from, or None where there is no readable one."""
     try:
         with h5py.File(path) as file:
-            return file.attrs["made_from"]
+            return str(file.attrs["made_from"])
     except (OSError, KeyError):
         return None
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+from concurrent.futures import BrokenExecutor
 
 import torch
 
@@ -40,10 +41,14 @@ def script(main):
             return _fail(str(error), 2)
         except torch.cuda.OutOfMemoryError:
             return _fail("out of GPU memory: lower --batch-size, --size or --channels", 2)
-        except MemoryError:
+        except (MemoryError, RuntimeError) as error:
+            killed = isinstance(error, (MemoryError, BrokenExecutor))  # a worker, as the kernel does
+            if not killed and "can't allocate memory" not in str(error):  # torch's way to say it
+                raise
             return _fail("out of memory: lower --size, --batch-size or --workers", 2)
         except OSError as error:
-            return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
+            reason = error.strerror or str(error)
+            return _fail(f"{error.filename or 'a file'}: {reason.splitlines()[0]}", 2)
         except KeyboardInterrupt:
             return _fail(f"interrupted; {again}", 130)
         except Terminated:
@@ -123,7 +128,8 @@ def run_folder(settings, name, cases, labels=None):
     with locked(settings.out / f".{name.replace('/', '-')}.lock", busy):
         folder.mkdir(parents=True, exist_ok=True)
         if settings.overwrite:
-            for path in folder.iterdir():
+            # the newest first and the settings last: killed here, what is left is an unfinished run
+            for path in sorted(folder.iterdir(), key=_age):
                 if not path.is_dir():
                     path.unlink()
                 elif not (path / "config.json").exists():  # that is another run's: evaluation/NAME
@@ -137,6 +143,10 @@ def run_folder(settings, name, cases, labels=None):
                 raise InputError(f"{folder}: holds a run on {other}; choose another --out or use --overwrite")
         write_json(config, {"settings": dataclasses.asdict(settings), **made_of})
         yield folder
+
+
+def _age(path):
+    return path.name == "config.json", -path.stat().st_mtime_ns
 
 
 def dataset_identity(cases):

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -157,7 +158,7 @@ HERE = (
     "overwrite",
     "labels",
 )  # a matter of this call, never taken
-BUDGET = ("epochs", "max_steps", "nifti")  # taken, but a typed one may differ: the run goes on
+BUDGET = ("epochs", "max_steps", "nifti", "skip_bad")  # taken, but a typed one may differ: the run goes on
 
 
 def parse(kind, argv, description, own=(), earlier=()):
@@ -207,7 +208,15 @@ def parse(kind, argv, description, own=(), earlier=()):
 
     if settings.cache is None:
         settings.cache = settings.out.absolute().parent / "cache"
-    settings.check()
+    try:
+        settings.check()
+    except TypeError as error:  # no typed word can be of the wrong type
+        raise InputError(f"{settings.out}: the config.json of a run there makes no sense ({error})") from error
+    for flag, folder in (("--out", settings.out), ("--cache", settings.cache)):
+        folder = folder.absolute()
+        place = next(each for each in (folder, *folder.parents) if each.exists())
+        if not (place.is_dir() and os.access(place, os.W_OK)):
+            raise InputError(f"{flag} {folder}: {place} is not a folder that can be written to")
     return settings
 
 

@@ -6,16 +6,18 @@ schedule, mixed precision, checkpoints, resume, the log and the way out when it 
 
 import contextlib
 import dataclasses
+import io
 import math
 import operator
 import resource
 import time
+import zipfile
 from typing import Protocol
 
 import torch
 from tqdm import tqdm
 
-from cardiac.files import InputError, replacing, write_csv
+from cardiac.files import InputError, write_bytes, write_csv
 from cardiac.run import deferred_signals
 
 READ_EVERY = 20  # steps between two looks at the losses: each look waits for the device
@@ -277,8 +279,9 @@ def peak_memory(device):
 
 def write_checkpoint(path, state):
     """Write a checkpoint of plain tensors and Python values, whole or not at all."""
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_bytes(path, buffer.getbuffer())
 
 
 def read_checkpoint(path, device):
@@ -289,8 +292,13 @@ def read_checkpoint(path, device):
     if not path.exists():
         raise InputError(f"{path}: there is no such checkpoint; run the training script before")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it unpacks to more than it is")
         state = torch.load(path, map_location=device, weights_only=True)
-        operator.index(Progress(**state["progress"]).step)
+        progress = Progress(**state["progress"])
+        if operator.index(progress.step) < 0 or math.isnan(progress.best):
+            raise ValueError("its progress makes no sense")
     except Exception as error:  # a broken or hostile file can raise anything; none of it is worth a traceback
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         raise InputError(
