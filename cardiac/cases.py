@@ -231,7 +231,7 @@ def load_labels(case):
     """Expert labels {frame: uint8 (X, Y, Z)}; InputError unless ED and ES, and no other frame, have any."""
     if not case.labels:
         return {}
-    volumes = [np.array(case.label_order, np.uint8)[_read_label_values(path)] for path in case.labels]
+    volumes = [np.array(case.label_order, np.uint8)[read_label_values(path)] for path in case.labels]
     if len(volumes) == 1:
         labels = {t: volumes[0][..., t] for t in range(case.shape[3])}
     else:
@@ -247,7 +247,7 @@ def load_labels(case):
 
 
 @np.errstate(all="ignore")
-def _read_label_values(path):
+def read_label_values(path):
     """Values of a label file as uint8, each one of 0, 1, 2, 3."""
     voxels = _read_voxels(path, read_header(path, (3, 4)))
     values = voxels.astype(np.uint8)

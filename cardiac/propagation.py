@@ -70,8 +70,8 @@ class Propagated:
             with h5py.File(path) as file:
                 labels, *columns = (hdf5_dataset(file, name)[:] for name in names)
             kinds = "".join(each.dtype.kind for each in (labels, *columns))
-            lengths = {len(each) for each in (labels, *columns)}
-            if kinds != "uSiif" or labels.ndim != 3 or len(lengths) > 1 or labels.max(initial=0) > len(LABELS):
+            fits = kinds == "uSiif" and labels.ndim == 3 and len({*map(len, (labels, *columns))}) == 1
+            if not fits or labels.max(initial=0) > len(LABELS):
                 raise ValueError("its parts do not fit each other")
             codes, *columns = (each.tolist() for each in columns)
             where = [(code.decode("ascii"), *place) for code, *place in zip(codes, *columns[:2])]

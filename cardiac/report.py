@@ -2,7 +2,6 @@
 
 import io
 
-import nibabel as nib
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -11,7 +10,7 @@ from matplotlib.lines import Line2D
 from PIL import Image
 
 from cardiac import LABELS, REGIONS
-from cardiac.cases import load_case
+from cardiac.cases import load_case, read_label_values
 from cardiac.files import read_csv, replacing, write_bytes
 from cardiac.losses import IGNORED
 from cardiac.networks import register, segment
@@ -211,7 +210,7 @@ def draw_overlays(folder, results):
 
 def read_prediction(folder, model, code):
     """The prediction (X, Y, Z, T) uint8 of a case below the evaluation's folder."""
-    return np.asarray(nib.load(folder / "predictions" / model / f"{code}_sa_pred.nii.gz").dataobj)
+    return read_label_values(folder / "predictions" / model / f"{code}_sa_pred.nii.gz")
 
 
 def _draw_grid(axes, displacement, every=5):

@@ -211,7 +211,7 @@ def parse(kind, argv, description, own=(), earlier=()):
     try:
         settings.check()
     except TypeError as error:  # no typed word can be of the wrong type
-        raise InputError(f"{settings.out}: the config.json of a run there makes no sense ({error})") from error
+        raise InputError(f"{settings.out}: a config.json there makes no sense ({error})") from error
     for flag, folder in (("--out", settings.out), ("--cache", settings.cache)):
         folder = folder.absolute()
         place = next(each for each in (folder, *folder.parents) if each.exists())

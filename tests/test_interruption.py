@@ -1,0 +1,367 @@
+"""Killed, out of disk or terminated at any file it writes, a script ends as if nothing had been.
+
+Clocks are never waited for: faults come at the n-th file, real signals too. tests/faults has kills at random
+moments.
+"""
+
+import errno
+import itertools
+import os
+import resource
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import SHORT, TINY
+from PIL import Image
+from snapshot import content, differences, snapshot
+
+import evaluate
+import propagate_labels
+import train_registration
+import train_segmentation
+from cardiac import cache, files, report
+from cardiac.nifti import write_labels
+from cardiac.propagation import Propagated
+from cardiac.run import script
+from cardiac.settings import Settings
+from cardiac.training import write_checkpoint
+
+SCRIPTS = {  # folder below OUT: the script that writes it, its words beside data, out, cache and workers
+    "registration": (train_registration, [*TINY.split(), *SHORT.split()]),
+    "propagation": (propagate_labels, ["--nifti"]),
+    "segmentation": (train_segmentation, [*SHORT.split(), "--channels", "2"]),
+    "evaluation": (evaluate, []),
+}
+FIGURE = b"a figure"  # drawing one takes longer than all the rest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def figures_are_quick():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "save_figure", lambda figure, path: files.write_bytes(path, FIGURE))
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(trained_run, tmp_path_factory):
+    """(data, out) of all four scripts that nothing disturbed: to read, not to change."""
+    data, trained = trained_run
+    out = tmp_path_factory.mktemp("whole") / "run"
+    shutil.copytree(trained, out)
+    for path in out.rglob("*.png"):
+        path.write_bytes(FIGURE)
+    cached = str(trained.parent / "cache")
+    for name in ("propagation", "evaluation"):
+        assert SCRIPTS[name][0].main(words(name, data, out, cached)) == 0
+    return data, out, cached
+
+
+def words(name, data, out, cached):
+    common = ["--data", data, "--out", out, "--cache", cached, "--workers", 1]
+    return [str(word) for word in (*common, *SCRIPTS[name][1])]
+
+
+class Stage:
+    """One script, about to be run in an OUT where the scripts before it are finished."""
+
+    def __init__(self, name, whole, tmp_path):
+        self.name, (data, self.whole, cached) = name, whole
+        self.out, self.folder = tmp_path / "run", tmp_path / "run" / name
+        self.module, self.words = SCRIPTS[name][0], words(name, data, self.out, cached)
+        for earlier in itertools.takewhile(lambda each: each != name, SCRIPTS):
+            shutil.copytree(self.whole / earlier, self.out / earlier)
+
+    def __call__(self):
+        return self.module.main(self.words)
+
+    def check(self):
+        """Everything is as in the run that nothing disturbed, and nothing else is there."""
+        assert differences(snapshot(self.whole / self.name), snapshot(self.folder)) == []
+        assert not list(self.out.rglob(".tmp-*"))
+
+
+@pytest.fixture(params=SCRIPTS)
+def stage(request, whole, tmp_path):
+    return Stage(request.param, whole, tmp_path)
+
+
+# ------------------------------------------------------------------------------ a fault at every file
+
+
+class Killed(BaseException):
+    """As if by SIGKILL: nothing is tidied up on the way out."""
+
+
+class Disk:
+    """The disk of the process under test: the `at`-th file fails, in its middle or just before its rename.
+
+    how: "full" (ENOSPC) or "killed". Every rename is checked to be of a file that is on the disk in whole.
+    """
+
+    def __init__(self, patch, at=0, where="middle", how="full"):
+        self.at, self.where, self.how = at, where, how
+        self.count, self.failed, self.dead, self.synced = 0, False, False, {}
+        self.replace, self.unlink = os.replace, Path.unlink
+        patch.setattr(files.os, "fsync", self.fsync)
+        patch.setattr(files.os, "replace", self.checked_replace)
+        patch.setattr(Path, "unlink", lambda path, **words: None if self.dead else self.unlink(path, **words))
+
+    def fsync(self, handle):
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            return
+        self.count += 1
+        if self.count == self.at and self.where == "middle":
+            os.ftruncate(handle, status.st_size // 2)
+            self.fail()
+        self.synced[status.st_ino] = status.st_size, status.st_mtime_ns
+
+    def checked_replace(self, source, target):
+        status = os.stat(source)
+        on_disk = self.synced.pop(status.st_ino, None)
+        assert on_disk == (status.st_size, status.st_mtime_ns), f"{target} would be lost by a power cut"
+        if self.count == self.at and self.where == "rename":
+            self.fail()
+        self.replace(source, target)
+
+    def fail(self):
+        self.failed = True
+        if self.how == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.dead = True
+        raise Killed
+
+
+FAULTS = list(itertools.product(("middle", "rename"), ("full", "killed")))
+
+
+def test_a_fault_at_every_file_of_every_script(stage, capsys):
+    """The n-th attempt fails at its n-th file, until one gets through."""
+    for attempt in itertools.count(1):
+        with pytest.MonkeyPatch.context() as patch:
+            disk = Disk(patch, attempt, *FAULTS[attempt % len(FAULTS)])
+            try:
+                code = stage()
+            except Killed:
+                code = None
+        if not disk.failed:
+            break
+        if disk.how == "full":
+            assert code == 2
+            lines = capsys.readouterr().err.splitlines()
+            assert "No space left on device" in lines[-1]
+            assert str(stage.out) in lines[-1]
+            assert not any("Traceback" in line for line in lines)
+        left = [path for path in stage.out.rglob("*") if path.is_file()]
+        assert disk.how == "killed" or not [path for path in left if path.name.startswith(".tmp-")]
+        for path in left:
+            path.name.startswith(".tmp-") or content(path)  # raises where a final name is not whole
+    assert code == 0
+    assert attempt > 5
+    stage.check()
+
+
+@pytest.mark.parametrize(("where", "how"), FAULTS)
+def test_a_fault_while_the_cache_is_written(whole, tmp_path, where, how):
+    settings = Settings(data=whole[0], cache=tmp_path, size=32, spacing=2, workers=1)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((OSError, Killed)):
+        Disk(patch, 1, where, how)
+        cache.open_cache(settings)
+    assert not (tmp_path / "MnM.h5").exists()
+    cache.open_cache(settings)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"MnM.h5", ".MnM.h5.lock"}
+    assert content(tmp_path / "MnM.h5") == content(Path(whole[2]) / "MnM.h5")
+
+
+@pytest.mark.parametrize("emptied", [1, 2, 3, 4, 5])
+def test_overwrite_killed_while_it_empties_the_folder_leaves_an_unfinished_run(whole, tmp_path, emptied):
+    stage = Stage("registration", whole, tmp_path)
+    shutil.copytree(whole[1] / "registration", stage.folder)  # a finished run
+    unlink, left = Path.unlink, [emptied]
+
+    def unlink_some(path, **words):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        unlink(path, **words)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "unlink", unlink_some)
+        stage.module.main([*stage.words, "--overwrite"])
+    assert stage() == 0, "goes on without --overwrite, as the message of an interrupted script says"
+    stage.check()
+
+
+# --------------------------------------------------------------------- what the libraries do without room
+
+
+def noise(*shape):
+    return np.random.default_rng(0).integers(0, 255, shape, np.uint8)
+
+
+def write_gif(path):
+    pictures = [Image.fromarray(noise(64, 64)) for _ in range(3)]
+    with files.replacing(path) as temporary:
+        pictures[0].save(temporary, "GIF", save_all=True, append_images=pictures[1:])
+
+
+def write_nifti(path):
+    like = path.with_name("like.nii")
+    write_labels(path, noise(20, 20, 20), like)
+
+
+def write_propagated(path):
+    Propagated(noise(9, 32, 32) % 4, [("A0", 1, z) for z in range(9)], np.ones(9)).write(path, "x")
+
+
+def build_cache(data, folder):
+    cache.open_cache(Settings(data=data, cache=folder, size=32, spacing=2, workers=1))
+
+
+WRITERS = {
+    "last.pt": lambda path: write_checkpoint(path, {"weights": torch.rand(5000)}),
+    "labels.h5": write_propagated,
+    "A0.nii.gz": write_nifti,
+    "cine.gif": write_gif,
+    "cases.csv": lambda path: files.write_csv(path, ["case"], [{"case": "A0"}] * 2000),
+    "MnM.h5": None,
+}
+
+
+@pytest.mark.parametrize("room", [0, 700, 4000])
+@pytest.mark.parametrize("name", WRITERS)
+def test_without_room_every_writer_names_its_file_and_leaves_the_old_one(whole, tmp_path, capsys, name, room):
+    """The limit of a file's size is a full disk that needs no disk: the same write calls fail."""
+    nib.save(nib.Nifti1Image(noise(20, 20, 20), np.eye(4)), tmp_path / "like.nii")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / name).write_text("old")
+    write = WRITERS[name] or (lambda path: build_cache(whole[0], path.parent))
+    shutil.copy(tmp_path / "like.nii", folder)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        code = script(lambda argv: write(folder / name))([])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    lines = capsys.readouterr().err.splitlines()
+    assert code == 2
+    assert lines[-1].endswith(f"{name}: File too large")
+    assert (folder / name).read_text() == "old"
+    assert not list(folder.glob(".tmp-*"))
+    assert script(lambda argv: write(folder / name))([]) == 0
+    assert (folder / name).read_bytes() != b"old"
+
+
+# -------------------------------------------------------------------------------- real processes and signals
+
+CHILD = """
+import os, sys
+import {module}
+number, at = int(sys.argv[1]), int(sys.argv[2])
+replace, count = os.replace, 0
+
+def counted(source, target):
+    global count
+    count += 1
+    if count == at:
+        print("here", flush=True)
+        os.kill(os.getpid(), number) if number else sys.stdin.readline()
+    replace(source, target)
+
+os.replace = counted
+sys.exit({module}.main(sys.argv[3:]))
+"""
+
+
+def process(stage, number, at):
+    """The script as a process that sends itself a signal at its `at`-th rename; 0: waits there for us."""
+    code = CHILD.format(module=stage.module.__name__)
+    command = [sys.executable, "-c", code, str(number), str(at), *stage.words]
+    path = os.pathsep.join([str(Path(stage.module.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command, text=True, env=environment, **pipes)
+
+
+KILLS = [
+    ("propagation", signal.SIGKILL, 5, -signal.SIGKILL, ""),
+    ("segmentation", signal.SIGTERM, 5, 143, "terminated; the same command goes on from here"),
+    ("evaluation", signal.SIGINT, 9, 130, "interrupted; the same command goes on from here"),
+]
+
+
+@pytest.mark.parametrize(("name", "number", "at", "code", "says"), KILLS)
+def test_a_real_signal(whole, tmp_path, name, number, at, code, says):
+    stage = Stage(name, whole, tmp_path)
+    _, errors = process(stage, number, at).communicate()
+    last = errors.replace("\r", "\n").splitlines()[-1]
+    assert says in last
+    assert "Traceback" not in errors
+    assert process_code(stage, number, at) == code
+    assert stage() == 0
+    stage.check()
+
+
+def test_a_second_run_in_the_folder_is_refused_and_a_killed_one_leaves_no_lock(whole, tmp_path, capsys):
+    stage = Stage("registration", whole, tmp_path)
+    first = process(stage, 0, 5)
+    while first.stdout.readline() != "here\n":
+        assert first.poll() is None
+    assert stage() == 2
+    assert f"{stage.folder}: another process is writing there" in capsys.readouterr().err
+    first.kill()
+    assert first.wait() == -signal.SIGKILL
+    assert list(stage.folder.glob(".tmp-*")), "it was not killed in the middle of a file"
+    assert stage() == 0
+    stage.check()
+
+
+BUILDER = """
+import sys
+from pathlib import Path
+from cardiac import cache
+from cardiac.settings import Settings
+build = cache._build
+
+def slow(*arguments):
+    print("building", flush=True)
+    sys.stdin.readline()
+    build(*arguments)
+
+cache._build = slow
+cache.open_cache(Settings(data=Path(sys.argv[1]), cache=Path(sys.argv[2]), size=32, spacing=2, workers=1))
+"""
+
+
+def test_two_that_want_the_same_cache_build_it_once(whole, tmp_path, monkeypatch):
+    root = str(Path(evaluate.__file__).parent)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    command = [sys.executable, "-c", BUILDER, str(whole[0]), str(tmp_path)]
+    other = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": root}, **pipes)
+    while other.stdout.readline() != "building\n":
+        assert other.poll() is None
+    said = []
+
+    def release(text, **_):
+        said.append(text)
+        other.stdin.write("\n")
+        other.stdin.close()
+
+    monkeypatch.setattr(files, "print", release, raising=False)  # said when the lock is found taken
+    monkeypatch.setattr(cache, "_build", lambda *_: pytest.fail("built twice"))
+    found = cache.open_cache(Settings(data=whole[0], cache=tmp_path, size=32, spacing=2, workers=1))
+    assert "waiting for another process" in said[0]
+    with h5py.File(found.path) as file:
+        assert file["images"].shape[1:] == (32, 32)
+    assert other.wait() == 0
