@@ -30,7 +30,7 @@ def main(argv):
     cache = open_cache(settings)
     cases = [case for case in cache.split("Training") if case.labelled]
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
-    made_from = f"registration of step {trained.step}, {digest}, frames {settings.frames}"
+    made_from = f"registration of step {trained.step}, {digest}, {settings.frames}, {settings.recipe}"
     with run_folder(settings, "propagation", cache.cases) as folder:
         path = folder / "labels.h5"
         if propagation.made_from(path) == made_from:
@@ -42,7 +42,7 @@ def main(argv):
             print(
                 f"propagation: {len(cases)} cases, registration of step {trained.step}, on {describe(device)}"
             )
-            propagated, rows = propagate(network, cache, cases, settings.frames, device)
+            propagated, rows = propagate(network, cache, cases, settings, device)
             write_csv(folder / "quality.csv", COLUMNS, rows)
             report.draw_cine(folder / "cine.gif", cache, cases, propagated)
             propagated.write(path, made_from)  # last: what it is there for is finished
@@ -52,13 +52,17 @@ def main(argv):
                 write_labels(target, on_own_grid(cache, case, propagated), case.image)
 
 
-def propagate(network, cache, cases, which, device):
-    """Propagated labels of all `cases` (a `Propagated`) and the rows of quality.csv."""
+def propagate(network, cache, cases, settings, device):
+    """Propagated labels of all `cases` (a `Propagated`) and the rows of quality.csv.
+
+    Under the strong recipe a slice with a label at ED and none at ES, out of which the base moves at an
+    unknown time, is kept in the half of the interval that is nearer to ED.
+    """
     labels, where, confidences, rows, gains = [], [], [], [], []
     for case in tqdm(cases, "propagating", unit="case"):
         store = SliceStore(cache, [case], device)
         frames = propagation.frames_between(case.ed, case.es, case.frames)
-        if which == "all":
+        if settings.frames == "all":
             frames += propagation.frames_between(case.es, case.ed, case.frames)
         gains.append(propagation.carried_to_es(network, store))
         tqdm.write(
@@ -67,11 +71,13 @@ def propagate(network, cache, cases, which, device):
         if not frames:
             continue
         warped, confidence, folding = propagation.propagate_case(network, store, frames)
+        leaves = propagation.unlabelled_at_es(store) & (settings.recipe == "strong")
         for k, frame in enumerate(frames):
             for z in range(case.slices):
-                kept = bool(confidence[k, z] == confidence[k, z])  # NaN: ED has no label in this slice
+                labelled = bool(confidence[k, z] == confidence[k, z])  # NaN: ED has no label in this slice
+                kept = labelled and not (leaves[z] and not propagation.nearer_to_ed(case, frame))
                 row = {"case": case.code, "vendor": case.vendor, "frame": frame, "slice": z}
-                row |= {"source": "ED" if kept else "", "confidence": float(confidence[k, z])}
+                row |= {"source": "ED" if labelled else "", "confidence": float(confidence[k, z])}
                 rows.append({**row, "folding_percent": float(folding[k, z]), "kept": int(kept)})
                 if kept:
                     labels.append(warped[k, z])
@@ -83,7 +89,7 @@ def propagate(network, cache, cases, which, device):
         print("no frame lies between ED and ES: nothing is propagated, and the files are empty")
     else:
         print(f"{len(labels)} slices propagated, mean confidence {np.mean(confidences):.3f}, "
-              f"{len(rows) - len(labels)} without a label at ED left out")  # fmt: skip
+              f"{len(rows) - len(labels)} left out (no label at ED, or kept = 0 in quality.csv)")  # fmt: skip
     arrays = np.array(labels, np.uint8).reshape(-1, cache.size, cache.size)
     return propagation.Propagated(arrays, where, np.array(confidences, np.float32)), rows
 

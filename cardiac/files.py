@@ -57,7 +57,7 @@ def writing_hdf5(path, size):
 
 
 def hdf5_dataset(file, name):
-    """Dataset `name` of an open HDF5 file that may come from a stranger; ValueError where it is not fit to be read.
+    """Dataset `name` of an open HDF5 file, maybe a stranger's; ValueError where it is not fit to be read.
 
     It has to lie in the file itself, not behind a link, and claim no more bytes than the file has (text of
     variable length could claim any number).

@@ -25,6 +25,20 @@ def frames_between(start, end, frames):
     return [(start + step) % frames for step in range(1, (end - start) % frames)]
 
 
+def nearer_to_ed(case, frame):
+    """Whether a frame lies in the half of its interval, ED to ES or ES to ED, that is nearer to ED."""
+    systole = (case.es - case.ed) % case.frames
+    since = (frame - case.ed) % case.frames
+    return 2 * since <= systole if since <= systole else 2 * (case.frames - since) <= case.frames - systole
+
+
+def unlabelled_at_es(store):
+    """Which slices (Z,) of the one case in `store` the expert left empty at ES."""
+    (case,) = store.cases
+    labels = store.labels[torch.from_numpy(case.label_rows(case.es)).to(store.device)]
+    return ~(labels > 0).flatten(1).any(1).cpu().numpy()  # any() of uint8 is uint8
+
+
 def warp_labels(labels, displacement):
     """Warp labels (B, H, W) uint8: soft, one arg max at the end (warping hard labels would erode them)."""
     regions = warp(one_hot(labels), displacement)

@@ -15,6 +15,9 @@ import torch
 from cardiac.files import InputError, locked, read_json, write_json
 
 
+PROGRESS = ("last.pt", "labels.h5", "summary.json")  # the files that tell how far a run is
+
+
 class Terminated(BaseException):
     """SIGTERM arrived. Like KeyboardInterrupt, no `except Exception` swallows it."""
 
@@ -128,8 +131,9 @@ def run_folder(settings, name, cases, labels=None):
     with locked(settings.out / f".{name.replace('/', '-')}.lock", busy):
         folder.mkdir(parents=True, exist_ok=True)
         if settings.overwrite:
-            # the newest first and the settings last: killed here, what is left is an unfinished run
-            for path in sorted(folder.iterdir(), key=_age):
+            # killed in here, what is left is a run that has not begun
+            order = [*PROGRESS, "", "config.json"]
+            for path in sorted(folder.iterdir(), key=lambda each: order.index(each.name if each.name in order else "")):
                 if not path.is_dir():
                     path.unlink()
                 elif not (path / "config.json").exists():  # that is another run's: evaluation/NAME
@@ -143,10 +147,6 @@ def run_folder(settings, name, cases, labels=None):
                 raise InputError(f"{folder}: holds a run on {other}; choose another --out or use --overwrite")
         write_json(config, {"settings": dataclasses.asdict(settings), **made_of})
         yield folder
-
-
-def _age(path):
-    return path.name == "config.json", -path.stat().st_mtime_ns
 
 
 def dataset_identity(cases):

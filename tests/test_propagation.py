@@ -7,6 +7,7 @@ so that what is tested is the way of the labels and not the network.
 import csv
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import nibabel as nib
@@ -155,9 +156,35 @@ def test_folding_counts_near_the_heart_alone(swinging, monkeypatch, size, expect
     assert carried(swinging, None, [3])[2][0, :2] == pytest.approx([expected] * 2)
 
 
+def words(frames, recipe="paper"):
+    """What `propagate` looks at of its settings."""
+    return SimpleNamespace(frames=frames, recipe=recipe)
+
+
+@pytest.mark.parametrize(("recipe", "frames"), [("paper", {0, 2, 3, 5}), ("strong", {2, 0})])
+def test_a_slice_that_es_lacks_is_kept_near_ed_under_the_strong_recipe(swinging, monkeypatch, recipe, frames):
+    cache, case, _ = swinging  # ED 1, ES 4 of 6 frames: 2 and 0 are nearer to ED
+    monkeypatch.setattr(propagation, "unlabelled_at_es", lambda store: np.array([True, False, False]))
+    propagated, rows = propagate_labels.propagate(follower, cache, [case], words("all", recipe), CPU)
+    assert {frame for _, frame, z in propagated.where if z == 0} == frames
+    assert {frame for _, frame, z in propagated.where if z == 1} == {0, 2, 3, 5}
+    dropped = {row["frame"] for row in rows if row["slice"] == 0 and not row["kept"]}
+    assert dropped == {0, 2, 3, 5} - frames
+
+
+def test_unlabelled_at_es(swinging):
+    cache, case, _ = swinging
+    store = SliceStore(cache, [case], CPU)
+    expected = [not store.labels[row].any() for row in store.cases[0].label_rows(case.es)]
+    assert propagation.unlabelled_at_es(store).tolist() == expected
+    store.labels[store.cases[0].label_rows(case.es)[1]] = 0
+    assert propagation.unlabelled_at_es(store)[1]
+    assert not propagation.unlabelled_at_es(store)[0]
+
+
 def test_a_slice_without_a_label_at_ed_is_unlabelled_and_never_background(swinging, capsys):
     cache, case, _ = swinging
-    propagated, rows = propagate_labels.propagate(follower, cache, [case], "systole", CPU)
+    propagated, rows = propagate_labels.propagate(follower, cache, [case], words("systole"), CPU)
     assert propagated.where == [("A0A0A0", frame, z) for frame in (2, 3) for z in (0, 1)]
     assert len(propagated.labels) == len(propagated.confidence) == 4
     assert len(rows) == 6
@@ -169,12 +196,12 @@ def test_a_slice_without_a_label_at_ed_is_unlabelled_and_never_background(swingi
     assert set(by_frame) == {2, 3}
     assert (by_frame[2][2] == IGNORED).all()
     assert (by_frame[2][:2] != IGNORED).all()
-    assert "2 without a label at ED left out" in capsys.readouterr().out
+    assert "2 left out (no label at ED" in capsys.readouterr().out
 
 
 def test_frames_all_has_diastole_too(swinging):
     cache, case, _ = swinging
-    propagated, _ = propagate_labels.propagate(follower, cache, [case], "all", CPU)
+    propagated, _ = propagate_labels.propagate(follower, cache, [case], words("all"), CPU)
     assert {frame for _, frame, _ in propagated.where} == {0, 2, 3, 5}
 
 
@@ -190,7 +217,7 @@ def test_carried_to_es_beside_the_identity(swinging):
 
 def test_on_the_own_grid_the_experts_labels_are_kept(swinging):
     cache, case, truth = swinging
-    propagated, _ = propagate_labels.propagate(follower, cache, [case], "systole", CPU)
+    propagated, _ = propagate_labels.propagate(follower, cache, [case], words("systole"), CPU)
     labels = propagate_labels.on_own_grid(cache, case, propagated)
     expert = np.asarray(nib.load(case.labels[0]).dataobj)
     assert labels.shape == case.shape
