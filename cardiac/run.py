@@ -14,8 +14,8 @@ import torch
 
 from cardiac.files import InputError, locked, read_json, write_json
 
-
-PROGRESS = ("last.pt", "labels.h5", "summary.json")  # the files that tell how far a run is
+# by --overwrite: first what tells how far a run is, last its settings
+REMOVED = {"last.pt": -1, "labels.h5": -1, "summary.json": -1, "config.json": 1}
 
 
 class Terminated(BaseException):
@@ -132,8 +132,7 @@ def run_folder(settings, name, cases, labels=None):
         folder.mkdir(parents=True, exist_ok=True)
         if settings.overwrite:
             # killed in here, what is left is a run that has not begun
-            order = [*PROGRESS, "", "config.json"]
-            for path in sorted(folder.iterdir(), key=lambda each: order.index(each.name if each.name in order else "")):
+            for path in sorted(folder.iterdir(), key=lambda path: REMOVED.get(path.name, 0)):
                 if not path.is_dir():
                     path.unlink()
                 elif not (path / "config.json").exists():  # that is another run's: evaluation/NAME
