@@ -29,7 +29,9 @@ def main(argv):
     trained = load_network(network, weights, device)
     cache = open_cache(settings)
     cases = [case for case in cache.split("Training") if case.labelled]
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+    # of the weights alone: the file has the run's clock in it too
+    parts = b"".join(part.cpu().numpy().tobytes() for part in network.state_dict().values())
+    digest = hashlib.sha256(parts).hexdigest()[:16]
     made_from = f"registration of step {trained.step}, {digest}, {settings.frames}, {settings.recipe}"
     with run_folder(settings, "propagation", cache.cases) as folder:
         path = folder / "labels.h5"

@@ -73,11 +73,11 @@ def run(trained_run, tmp_path):
 
 @pytest.fixture
 def refused(capsys):
-    """refused(code, *parts): the script ended with 2 and one line on stderr that has all the parts in it."""
+    """`refused(code, *parts)`: it ended with 2 and one line on stderr that has all the parts in it."""
 
     def check(code, *parts):
         found = capsys.readouterr().err.replace("\r", "\n").splitlines()
-        lines = [line for line in found if line and "it/s]" not in line and "case/s]" not in line]
+        lines = [line for line in found if line.strip() and "/s]" not in line]  # progress bars left out
         assert code == 2
         assert len(lines) == 1, lines
         for part in parts:
@@ -91,7 +91,7 @@ def results(folder):
     return {path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock")}
 
 
-# ------------------------------------------------------------------------------------ datasets, by every script
+# -------------------------------------------------------------------------------- datasets, by every script
 
 
 def no_image(run):
@@ -177,9 +177,11 @@ def test_an_out_or_cache_that_cannot_be_written(run, tmp_path, refused, module, 
 
 
 @MODULES
-@pytest.mark.parametrize("words", ["--size 100", "--spacing 0", "--seed -1", "--workers -2"])
-def test_values_that_do_not_fit_are_refused_by_every_script(run, refused, module, words):
-    refused(run(module, "--overwrite", *words.split()), words.split()[0])
+def test_values_that_do_not_fit_are_refused_by_every_script(run, refused, module):
+    before = snapshot(run.out)
+    for words in ("--size 100", "--spacing 0", "--seed -1", "--workers -2"):
+        refused(run(module, "--overwrite", *words.split()), words.split()[0])
+    assert snapshot(run.out) == before
     assert not run.cache.exists()
 
 
@@ -208,7 +210,7 @@ def test_more_steps_than_there_were_are_fine(run, module):
 @MODULES
 def test_the_output_of_another_dataset_is_not_gone_on_with(run, tmp_path, refused, module):
     if module is evaluate:  # which scores any dataset, in a folder of its own: see test_evaluation.py
-        assert run(evaluate) == 0
+        shutil.copytree(run.out / "propagation", run.out / "evaluation")
         config = run.out / "evaluation" / "config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "dataset": "another"}))
     else:
@@ -216,7 +218,7 @@ def test_the_output_of_another_dataset_is_not_gone_on_with(run, tmp_path, refuse
         run.data = write_mms(tmp_path / "other", cases)
     before = snapshot(run.out)
     refused(run(module), SCRIPTS[module][0], "another dataset", "--overwrite")
-    assert snapshot(run.out) == before
+    assert differences(before, snapshot(run.out)) in ([], ["only in the second: .evaluation.lock"])
 
 
 @MODULES
@@ -237,8 +239,7 @@ def test_a_checkpoint_of_another_architecture(run, refused):
     folder = wider(run)
     refused(run(train_segmentation, "--max-steps", 5), folder, "another architecture")
     refused(run(evaluate), folder, "another architecture")
-    shutil.copy(folder / "best.pt", run.out / "registration" / "best.pt")  # that is the registration's own
-    assert run(propagate_labels, "--overwrite") == 0
+    assert run(train_registration) == 0
     shutil.copy(run.out / "segmentation/propagated/best.pt", run.out / "registration" / "best.pt")
     refused(run(propagate_labels), run.out / "registration" / "best.pt", "another architecture")
 
@@ -252,7 +253,7 @@ def test_a_config_of_a_stranger(run, refused, value):
     refused(run(propagate_labels), run.out)
 
 
-# ------------------------------------------------------------------------------------------------ hostile files
+# ---------------------------------------------------------------------------------------------- hostile files
 
 
 class Evil:
@@ -301,7 +302,6 @@ def external(path, name, secret):
 
 
 def soft(path, name, secret):
-    external(path, "linked" if name in h5py.File(path) and False else name, secret)
     with h5py.File(path, "a") as file:
         file.move(name, "moved")
         file[name] = h5py.SoftLink("/moved")
@@ -381,17 +381,15 @@ def test_propagated_labels_that_no_label_has(tmp_path):
         Propagated.read(tmp_path / "labels.h5")
 
 
-CODES = ["../../escape", "a/b", "a,b", 'a"b', "a\nb", "<script>alert(1)</script>", "=1+1", "-1+1\t", "@SUM(A1)"]
+CODES = ["../../escape", "a/b", "a,b", 'a"b', "a\nb", "<b>x</b>", "=1+1", "@SUM(A1)"]
 
 
 @MODULES
-@pytest.mark.parametrize("code", CODES)
-def test_hostile_codes_are_refused_and_nothing_leaves_out(run, tmp_path, refused, module, code):
-    table = run.data / TABLE
-    with open(table, "a", newline="") as file:
-        csv.writer(file).writerow((9, code, "Siemens", "A", 1, 0, 2))
+def test_hostile_codes_are_refused_and_nothing_leaves_out(run, tmp_path, refused, module):
+    with open(run.data / TABLE, "a", newline="") as file:
+        csv.writer(file).writerows((9, code, "Siemens", "A", 1, 0, 2) for code in CODES)
     before = snapshot(tmp_path)
-    refused(run(module), TABLE, "is not made of letters")
+    refused(run(module), TABLE, CODES[0], "is not made of letters", f"and {len(CODES) - 1} more")
     assert snapshot(tmp_path) == before
 
 
@@ -419,7 +417,7 @@ def test_a_hostile_name_is_text_in_the_report_and_the_tables(trained_run, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["run", "cache", data.name])
 
 
-# ------------------------------------------------------------------------------------------- as real processes
+# ------------------------------------------------------------------------------------------ as real processes
 
 
 def process(module, *words):

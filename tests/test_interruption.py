@@ -185,6 +185,16 @@ def test_a_fault_while_the_cache_is_written(whole, tmp_path, where, how):
     assert content(tmp_path / "MnM.h5") == content(Path(whole[2]) / "MnM.h5")
 
 
+def test_labels_depend_on_the_weights_and_not_on_the_clock_of_the_registration(whole, tmp_path):
+    stage = Stage("propagation", whole, tmp_path)
+    path = stage.out / "registration" / "best.pt"
+    state = torch.load(path, weights_only=True)
+    state["progress"]["seconds"] += 1
+    write_checkpoint(path, state)
+    assert stage() == 0
+    stage.check()
+
+
 @pytest.mark.parametrize("emptied", [1, 2, 3, 4, 5])
 def test_overwrite_killed_while_it_empties_the_folder_leaves_an_unfinished_run(whole, tmp_path, emptied):
     stage = Stage("registration", whole, tmp_path)
