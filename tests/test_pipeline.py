@@ -27,7 +27,7 @@ WRITTEN = [
     *(f"segmentation/{model}/{name}" for model in ("original", "propagated") for name in RUN.split()),
     *(f"evaluation/{name}" for name in ("cases.csv", "table.csv", "table.md", "table_paper.csv")),
     *(f"evaluation/{name}" for name in ("summary.json", "report.html")),
-]  # DESIGN, section 2
+]
 
 
 def read(path):
