@@ -54,8 +54,8 @@ class Registration:
         """Dice of ED's label warped to ES, by case and region, and the image term."""
         store, images, scores = self.validation, [], []
         for case in store.cases:
-            ed, es = (store.images(torch.from_numpy(case.rows(frame))) for frame in (case.ed, case.es))
-            labels, target = (store.labels[torch.from_numpy(case.label_rows(f))] for f in (case.ed, case.es))
+            ed, es = (store.frame(case, frame) for frame in (case.ed, case.es))
+            labels, target = (store.expert(case, frame) for frame in (case.ed, case.es))
             displacement = networks.register(self.network, ed, es)
             images.append(self.similarity(warp(ed, displacement), es))
             warped = propagation.warp_labels(labels, displacement).cpu().numpy()

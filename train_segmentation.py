@@ -51,10 +51,8 @@ class Segmentation:
         store, entropy, seen, unseen = self.validation, [], [], []
         for case in store.cases:
             for frame in (case.ed, case.es):
-                labels = store.labels[torch.from_numpy(case.label_rows(frame)).to(store.device)]
-                probabilities = networks.segment(
-                    self.network, store.images(torch.from_numpy(case.rows(frame)))
-                )
+                labels = store.expert(case, frame)
+                probabilities = networks.segment(self.network, store.frame(case, frame))
                 prediction, target = probabilities.argmax(1).cpu().numpy(), labels.cpu().numpy()
                 scores = [dice(prediction == label, target == label) for label in LABELS.values()]
                 (seen if case.vendor in self.seen else unseen).append(scores)

@@ -98,9 +98,9 @@ def score_against_truth(settings):
         moved = np.asarray(nib.load(cache.root / "truth" / f"{case.code}_displacement.nii.gz").dataobj)
         store = SliceStore(cache, [case], device)
         (local,) = store.cases
-        ed = store.images(torch.from_numpy(local.rows(case.ed)))
+        ed = store.frame(local, case.ed)
         for frame in frames:
-            found = networks.register(network, ed, store.images(torch.from_numpy(local.rows(frame))))
+            found = networks.register(network, ed, store.frame(local, frame))
             found = propagation.own_grid_displacement(found, case.grid(cache)).cpu().numpy()
             found = found.transpose(2, 3, 0, 1) * np.array(case.spacing[:2])  # (X, Y, Z, 2), mm
             kept = (frames[frame] <= max(LABELS.values())).any((1, 2))  # propagated slices

@@ -3,7 +3,6 @@
 import dataclasses
 
 import numpy as np
-import torch
 
 from cardiac import REGIONS
 from cardiac.cache import Cache, most_likely
@@ -51,7 +50,7 @@ def predict(network, store, frames):
     (case,) = store.cases
     labels, softmax = np.zeros(case.shape, np.uint8), {}
     for frame in frames:
-        slices = store.images(torch.from_numpy(case.rows(frame)))
+        slices = store.frame(case, frame)
         regions = regions_on_own_grid(network, slices, case.grid(store.cache))
         labels[..., frame] = most_likely(regions)
         softmax[frame] = np.concatenate([1 - regions.sum(0, keepdims=True), regions])

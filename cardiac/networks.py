@@ -11,8 +11,6 @@ from torch import nn
 from cardiac import CLASSES
 from cardiac.warp import integrate, resize_displacement
 
-MULTIPLE = 16  # four halvings
-
 
 class RegistrationNetwork(nn.Module):
     """Two slices to the stationary velocity between them, at half resolution.

@@ -35,7 +35,7 @@ def nearer_to_ed(case, frame):
 def unlabelled_at_es(store):
     """Which slices (Z,) of the one case in `store` the expert left empty at ES."""
     (case,) = store.cases
-    labels = store.labels[torch.from_numpy(case.label_rows(case.es)).to(store.device)]
+    labels = store.expert(case, case.es)
     return ~(labels > 0).flatten(1).any(1).cpu().numpy()  # any() of uint8 is uint8
 
 
@@ -111,10 +111,8 @@ def carried_to_es(network, store):
     case.
     """
     (case,) = store.cases
-    ed, es = (store.images(torch.from_numpy(case.rows(frame))) for frame in (case.ed, case.es))
-    source, target = (
-        store.labels[torch.from_numpy(case.label_rows(f)).to(store.device)] for f in (case.ed, case.es)
-    )
+    ed, es = (store.frame(case, frame) for frame in (case.ed, case.es))
+    source, target = (store.expert(case, frame) for frame in (case.ed, case.es))
     warped = warp_labels(source, register(network, ed, es))
     target = target.cpu().numpy()
     return [
@@ -132,8 +130,8 @@ def propagate_case(network, store, frames):
     itself after ED -> t -> ED, the way back registered anew, averaged over the slice's regions.
     """
     (case,), count, z = store.cases, len(frames), store.cases[0].slices
-    ed = store.images(torch.from_numpy(case.rows(case.ed))).repeat(count, 1, 1, 1)
-    labels = store.labels[torch.from_numpy(case.label_rows(case.ed)).to(store.device)].repeat(count, 1, 1)
+    ed = store.frame(case, case.ed).repeat(count, 1, 1, 1)
+    labels = store.expert(case, case.ed).repeat(count, 1, 1)
     target = store.images(torch.from_numpy(np.concatenate([case.rows(frame) for frame in frames])))
 
     forth = register(network, ed, target)

@@ -64,6 +64,14 @@ class SliceStore:
             rows = rows.to(self.device, non_blocking=True)
         return self._images[rows].to(self.device, non_blocking=True)[:, None].float()
 
+    def frame(self, case, frame):
+        """All slices of a frame of one of this store's cases: (Z, 1, S, S) float32 on the device."""
+        return self.images(torch.from_numpy(case.rows(frame)))
+
+    def expert(self, case, frame):
+        """The expert labels of ED or ES of one of this store's cases: (Z, S, S) uint8 on the device."""
+        return self.labels[torch.from_numpy(case.label_rows(frame)).to(self.device)]
+
     def _from_file(self, rows):
         if self._file is None:  # opened by the process that reads, never handed to another
             self._file = h5py.File(self.cache.path)["images"]

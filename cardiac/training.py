@@ -63,9 +63,9 @@ def fit(task, settings, folder, device, outcome="curves.png"):
     optimizer = torch.optim.Adam(network.parameters(), lr=settings.lr)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=settings.patience)
     average = WeightAverage(network, settings.averaging)
+    parts = {"network": network, "optimizer": optimizer, "schedule": schedule, "average": average}
     progress = Progress()
     if (folder / "last.pt").exists():
-        parts = {"network": network, "optimizer": optimizer, "schedule": schedule, "average": average}
         progress = _resume(folder / "last.pt", device, parts)
     total = settings.total_steps
     if progress.step >= total:
@@ -82,7 +82,6 @@ def fit(task, settings, folder, device, outcome="curves.png"):
 
     def save(name="last.pt"):
         meter.read()
-        parts = {"network": network, "optimizer": optimizer, "schedule": schedule, "average": average}
         state = {part: holder.state_dict() for part, holder in parts.items()}
         write_checkpoint(folder / name, {**state, "progress": dataclasses.asdict(progress)})
         meter.saved = time.perf_counter()
