@@ -8,7 +8,7 @@ import torch
 
 from cardiac import LABELS, losses, networks, report
 from cardiac.augment import augment_slices
-from cardiac.cache import open_cache
+from cardiac.cache import PREPROCESSING, open_cache
 from cardiac.files import InputError, read_json
 from cardiac.metrics import dice
 from cardiac.propagation import Propagated, made_from
@@ -73,7 +73,7 @@ def read_propagated(settings):
     path = settings.out / "propagation"
     propagated = Propagated.read(path / "labels.h5")
     made_with = read_json(path / "config.json")["settings"]
-    for name in ("size", "spacing"):
+    for name in PREPROCESSING:
         if made_with[name] != getattr(settings, name):
             what = f"{name} is {made_with[name]} there, {getattr(settings, name)} here"
             raise InputError(f"{path}: {what}; run propagate_labels.py before")

@@ -4,9 +4,10 @@ Layout of the file, which is rebuilt whenever it does not fit what is asked for:
 
     images   (N, S, S) float16   every frame of every case, row = first + frame * slices + slice
     labels   (M, S, S) uint8     expert frames alone, row = first_label + k * slices + slice for k of (ED, ES)
-    cases, sources, skipped      JSON: of each case its code, first rows in both and share of labels cropped;
-                                 relative path -> size, mtime; why cases were left out
-    attributes: schema, size, spacing
+    cases, sources, skipped      JSON: of each case its code, first rows in both, the centre of its slices and
+                                 the share of labels cropped; relative path -> size, mtime; why cases were
+                                 left out
+    attributes: schema, size, spacing, crop
 
 Slices keep the axes of the NIfTI array, X along H and Y along W.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
 from cardiac import CLASSES
@@ -25,7 +27,8 @@ from cardiac.cases import Case, load_case, read_cases, refusal
 from cardiac.files import InputError, hdf5_dataset, locked, writing_hdf5
 from cardiac.workers import worker_pool
 
-SCHEMA = 2
+SCHEMA = 3
+PREPROCESSING = ("size", "spacing", "crop")  # settings that the slices depend on
 
 
 @dataclass(frozen=True)
@@ -33,25 +36,30 @@ class Grid:
     """The in-plane way from a case's own grid to the cache's slices and back.
 
     shape: (X, Y) pixels; spacing: their (x, y) spacing, mm; size, target: pixels and mm of the square slice.
-    The centres of both grids lie on each other.
+    centre: the (x, y) pixel on which the slice's centre lies; None: the centre of the image.
     """
 
     shape: tuple
     spacing: tuple
     size: int
     target: float
+    centre: tuple | None = None
+
+    @property
+    def shift(self):
+        """From the centre of the image to that of the slices, pixels of the case's own grid: (x, y)."""
+        return [c - (n - 1) / 2 for c, n in zip(self.centre, self.shape)] if self.centre else [0.0, 0.0]
 
     def to_slices(self, planes):
         """Resample planes (..., X, Y) to slices (..., S, S), zeros outside the image."""
-        return self._apply(
-            planes, self.shape, (self.size,) * 2, [self.target / s for s in self.spacing], "zero"
-        )
+        steps = [self.target / s for s in self.spacing]
+        return self._apply(planes, self.shape, (self.size,) * 2, steps, self.shift, "zero")
 
     def from_slices(self, slices, outside="zero"):
         """Resample slices (..., S, S) to planes (..., X, Y); outside the crop: "zero" or the "edge" value."""
-        return self._apply(
-            slices, (self.size,) * 2, self.shape, [s / self.target for s in self.spacing], outside
-        )
+        steps = [s / self.target for s in self.spacing]
+        shift = [-pixels * step for pixels, step in zip(self.shift, steps)]
+        return self._apply(slices, (self.size,) * 2, self.shape, steps, shift, outside)
 
     def labels_to_slices(self, labels):
         """Resample labels (..., X, Y) uint8: one-hot linearly, then arg max (nearest would fray the edge)."""
@@ -60,26 +68,27 @@ class Grid:
     def inside(self):
         """Whether each pixel (X, Y) lies inside the crop."""
         masks = []
-        for n, spacing in zip(self.shape, self.spacing):
-            distance = np.abs(np.arange(n) - (n - 1) / 2) * spacing
+        for n, spacing, shift in zip(self.shape, self.spacing, self.shift):
+            distance = np.abs(np.arange(n) - (n - 1) / 2 - shift) * spacing
             masks.append(distance <= self.size * self.target / 2)
         return masks[0][:, None] & masks[1]
 
     @staticmethod
-    def _apply(planes, source, target, steps, outside):
-        rows, columns = (resampling_matrix(*axis, outside) for axis in zip(source, target, steps))
+    def _apply(planes, source, target, steps, shift, outside):
+        axes = zip(source, target, steps, shift)
+        rows, columns = (resampling_matrix(*axis, outside) for axis in axes)
         return rows @ (planes.astype(np.float32, copy=False) @ columns.T)
 
 
-def resampling_matrix(source, target, step, outside="zero"):
+def resampling_matrix(source, target, step, shift=0.0, outside="zero"):
     """Linear interpolation along one axis as a matrix (target, source), float32.
 
-    Target sample i lies at c = (source - 1) / 2 + (i - (target - 1) / 2) * step. The kernel is a triangle as
-    wide as the coarser of both grids, so that going to a coarser one does not alias. outside: "zero" or
-    "edge".
+    Target sample i lies at c = (source - 1) / 2 + shift + (i - (target - 1) / 2) * step. The kernel is a
+    triangle as wide as the coarser of both grids, so that going to a coarser one does not alias. outside:
+    "zero" or "edge".
     """
     width = max(1.0, step)
-    centres = (source - 1) / 2 + (np.arange(target) - (target - 1) / 2) * step
+    centres = (source - 1) / 2 + shift + (np.arange(target) - (target - 1) / 2) * step
     reach = int(np.ceil(width))
     taps = np.floor(centres)[:, None] + np.arange(-reach, reach + 2)
     weights = np.maximum(0, 1 - np.abs(taps - centres[:, None]) / width)
@@ -109,6 +118,7 @@ class CachedCase(Case):
 
     first: int  # row of frame 0, slice 0 in `images`
     first_label: int | None  # row of ED, slice 0 in `labels`; None without expert labels
+    crop_centre: tuple | None  # (x, y) pixel of its own grid at its slices' centre; None: the image's
     cropped: float  # share of labelled pixels that the crop loses
 
     @property
@@ -136,7 +146,7 @@ class CachedCase(Case):
 
     def grid(self, cache):
         """The way between this case's own grid and the slices of `cache`."""
-        return Grid(self.shape[:2], self.spacing[:2], cache.size, cache.spacing)
+        return Grid(self.shape[:2], self.spacing[:2], cache.size, cache.spacing, self.crop_centre)
 
 
 @dataclass(frozen=True)
@@ -199,12 +209,8 @@ def open_cache(settings):
     dataset = read_cases(settings.data)
     cases = dataset.good(settings.skip_bad)
     path = settings.cache / f"{dataset.name}.h5"
-    wanted = {
-        "schema": SCHEMA,
-        "size": settings.size,
-        "spacing": settings.spacing,
-        "sources": _fingerprint(dataset),
-    }
+    wanted = {name: getattr(settings, name) for name in PREPROCESSING}
+    wanted |= {"schema": SCHEMA, "sources": _fingerprint(dataset)}
     with locked(
         path.with_name(f".{path.name}.lock"), f"cache: waiting for another process at {path}", wait=True
     ):
@@ -254,14 +260,14 @@ def _misfit(path, wanted, rows):
         return "there is none yet"
     try:
         with h5py.File(path) as file:
-            found = {name: file.attrs.get(name) for name in ("schema", "size", "spacing")}
+            found = {name: file.attrs.get(name) for name in ("schema", *PREPROCESSING)}
             found["sources"] = json.loads(hdf5_dataset(file, "sources")[()])
             for name in ("cases", "skipped"):
                 hdf5_dataset(file, name)
             shapes = {name: hdf5_dataset(file, name).shape for name in rows}
     except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
         return f"the file there is not readable ({str(error).splitlines()[0]})"
-    for name in ("schema", "size", "spacing"):
+    for name in ("schema", *PREPROCESSING):
         if not np.array_equal(found[name], wanted[name]):
             return f"{name} differs: {found[name]} there, {wanted[name]} asked for"
     changed = [
@@ -277,7 +283,7 @@ def _misfit(path, wanted, rows):
 
 def _build(path, dataset, wanted, settings):
     """Preprocess the cases in worker processes and write them, in order, from this one."""
-    size, spacing, cases = settings.size, settings.spacing, dataset.good(settings.skip_bad)
+    size, cases = settings.size, dataset.good(settings.skip_bad)
     rows, texts = _rows(cases), json.dumps(wanted)
     places, first, first_label, problems = [], 0, 0, []
     room = (2 * rows["images"] + rows["labels"]) * size**2 + 2 * len(texts) + 2**20
@@ -285,7 +291,7 @@ def _build(path, dataset, wanted, settings):
         # contiguous: a case is one run of bytes, read at the speed of the disk
         images = file.create_dataset("images", (rows["images"], size, size), np.float16)
         labels = file.create_dataset("labels", (rows["labels"], size, size), np.uint8)
-        jobs = [(case, size, spacing) for case in cases]
+        jobs = [(case, *(wanted[name] for name in PREPROCESSING)) for case in cases]
         with worker_pool(settings.workers, len(jobs)) as run:
             for case, result in zip(cases, tqdm(run(_preprocess, jobs), "cache", len(jobs), unit="case")):
                 if isinstance(result, InputError):
@@ -293,11 +299,12 @@ def _build(path, dataset, wanted, settings):
                     if settings.skip_bad:
                         continue
                     raise refusal(problems, settings.data)
-                case_images, case_labels, cropped, warnings = result
+                case_images, case_labels, centre, cropped, warnings = result
                 for warning in warnings:
                     tqdm.write(f"warning: {warning}")
                 images[first : first + len(case_images)] = case_images
-                place = {"code": case.code, "first": first, "first_label": None, "cropped": cropped}
+                place = {"code": case.code, "first": first, "first_label": None}
+                place |= {"crop_centre": centre, "cropped": cropped}
                 if case_labels is not None:
                     labels[first_label : first_label + len(case_labels)] = case_labels
                     place["first_label"] = first_label
@@ -309,37 +316,78 @@ def _build(path, dataset, wanted, settings):
             raise InputError(f"{dataset.root}: no case could be read")
         file["cases"] = np.bytes_(json.dumps(places))
         file["sources"] = np.bytes_(json.dumps(wanted["sources"]))
-        file.attrs.update({name: wanted[name] for name in ("schema", "size", "spacing")})
+        file.attrs.update({name: wanted[name] for name in ("schema", *PREPROCESSING)})
 
 
-def _preprocess(case, size, spacing):
-    """One case to (images (T * Z, S, S) float16, labels (2 * Z, S, S) uint8 or None, share cropped,
+def _preprocess(case, size, spacing, crop):
+    """One case to (images (T * Z, S, S) float16, labels (2 * Z, S, S) uint8 or None, centre, share cropped,
     warnings).
     """
     try:
         image, labels, warnings = load_case(case)
     except InputError as error:
         return error
-    grid = Grid(case.shape[:2], case.spacing[:2], size, spacing)
-    images = standardise(image, grid)
+    images, grid = to_slices(image, case.spacing, size, spacing, crop)
     if case.ed is None:
-        return images, None, 0.0, warnings
+        return images, None, grid.centre, 0.0, warnings
     planes = np.concatenate([labels[frame].transpose(2, 0, 1) for frame in (case.ed, case.es)])
     foreground = planes > 0
     cropped = 1 - (foreground & grid.inside()).sum() / foreground.sum()
-    return images, grid.labels_to_slices(planes), float(cropped), warnings
+    return images, grid.labels_to_slices(planes), grid.centre, float(cropped), warnings
 
 
-def standardise(image, grid):
-    """A cine (X, Y, Z, T) to slices (T * Z, S, S) float16 with intensities in [0, 1].
+def to_slices(image, spacing, size, target, crop):
+    """A cine (X, Y, Z, T) to slices (T * Z, S, S) float16 with intensities in [0, 1], and their `Grid`.
 
-    The 1st and 99th percentile of the case become 0 and 1: single bright voxels (fat near the coil, flow)
-    reach ten times the blood's intensity and must not set the scale.
+    spacing: of the cine, mm; size, target: pixels and mm of the slices; crop: "centre" of the image, or
+    "motion", see `motion_centre`.
+    """
+    centre = motion_centre(image, spacing) if crop == "motion" else None
+    grid = Grid(image.shape[:2], tuple(spacing[:2]), size, target, centre)
+    return standardise(image, grid), grid
+
+
+def intensity_window(image):
+    """The intensities that become 0 and 1: the 1st and 99th percentile of the case.
+
+    Single bright voxels (fat near the coil, flow) reach ten times the blood's intensity and must not set the
+    scale.
     """
     sample = image.ravel(order="K")
     low, high = np.percentile(sample[:: max(1, sample.size // 1_000_000)], (1, 99))
     if not high > low:  # a constant but for single voxels
         low, high = float(image.min()), float(image.max())
+    return low, high
+
+
+def motion_centre(image, spacing, blur=20.0, radius=64.0):
+    """The (x, y) pixel of a cine (X, Y, Z, T) about which it moves: where the heart is, without a label.
+
+    The intensities' standard deviation over time, mean over slices, is largest at the heart. From the maximum
+    of its blur (mm) on, five times the centroid of the tenth of all pixels that moves most, within `radius`
+    (mm): mean shift. A whole number of pixels from the image's centre, which is returned where nothing moves.
+    """
+    low, high = intensity_window(image)
+    planes = (np.clip((image[:, :, z] - low) / (high - low), 0, 1) for z in range(image.shape[2]))
+    motion = sum(plane.std(-1) for plane in planes) / image.shape[2]
+    middle = np.array([(n - 1) / 2 for n in motion.shape])
+    weights = np.clip(motion - np.percentile(motion, 90), 0, None)
+    if not weights.any():
+        return tuple(middle.tolist())
+    pixel = np.array(spacing[:2])
+    blurred = gaussian_filter(motion, blur / pixel, mode="constant")
+    centre = np.array(np.unravel_index(blurred.argmax(), motion.shape), float)
+    positions = np.stack(np.indices(motion.shape), -1)
+    for _ in range(5):
+        near = weights * (np.abs((positions - centre) * pixel).max(-1) <= radius)
+        if near.any():
+            centre = (positions * near[..., None]).sum((0, 1)) / near.sum()
+    return tuple((middle + np.round(centre - middle)).tolist())
+
+
+def standardise(image, grid):
+    """A cine (X, Y, Z, T) to slices (T * Z, S, S) float16 with intensities in [0, 1]."""
+    low, high = intensity_window(image)
     slices = np.empty((image.shape[3], image.shape[2], grid.size, grid.size), np.float16)
     for frame in range(image.shape[3]):
         planes = np.clip((image[..., frame].transpose(2, 0, 1) - low) / (high - low), 0, 1)

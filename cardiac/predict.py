@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from cardiac import LABELS, REGIONS
-from cardiac.cache import Grid, most_likely, standardise
+from cardiac.cache import most_likely, to_slices
 from cardiac.cases import read_header, read_image, shown, spacing_of
 from cardiac.evaluation import heart_function, regions_on_own_grid
 from cardiac.files import InputError, locked, read_json, write_csv, write_json
@@ -103,8 +103,8 @@ def predict_scan(folder, file, network, settings, device):
     header, image = read_header(file, (3, 4)), read_image(file, (3, 4))
     spacing, dimensions = spacing_of(header, file), image.ndim
     image = image.reshape(*image.shape[:3], -1)
-    grid = Grid(image.shape[:2], spacing[:2], settings.size, settings.spacing)
-    slices = torch.from_numpy(standardise(image, grid)).unflatten(0, (image.shape[3], image.shape[2]))
+    slices, grid = to_slices(image, spacing, settings.size, settings.spacing, settings.crop)
+    slices = torch.from_numpy(slices).unflatten(0, (image.shape[3], image.shape[2]))
     labels = np.zeros(image.shape, np.uint8)
     for frame, planes in enumerate(slices):
         prediction = most_likely(regions_on_own_grid(network, planes[:, None].to(device).float(), grid))

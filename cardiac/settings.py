@@ -19,7 +19,7 @@ def setting(default, help, **options):
 class Settings:
     """What all four scripts take."""
 
-    STRONG: ClassVar = {}  # the defaults that --recipe strong changes
+    STRONG: ClassVar = {"crop": "motion"}  # the defaults that --recipe strong changes
 
     data: Path = setting(None, "dataset in the layout of M&Ms or ACDC", required=True)
     out: Path = setting(Path("runs"), "folder of this run")
@@ -29,6 +29,11 @@ class Settings:
     )
     size: int = setting(192, "side of the square slices, pixels (a multiple of 16)")
     spacing: float = setting(1.25, "in-plane spacing of the slices, mm")
+    crop: str = setting(
+        "centre",
+        "slices are cut about the centre of the image, or about what moves",
+        choices=("centre", "motion"),
+    )
     seed: int = setting(0, "what step n of a run draws depends on (seed, n) alone")
     recipe: str = setting("paper", "defaults for the settings below", choices=("paper", "strong"))
     workers: int = setting(0, "processes that read, unpack and score scans (0: one a core)")
@@ -89,7 +94,7 @@ class TrainingSettings(Settings):
 class RegistrationSettings(TrainingSettings):
     """`train_registration.py`."""
 
-    STRONG: ClassVar = {"augment": True, "averaging": 0.998}
+    STRONG: ClassVar = {**Settings.STRONG, "augment": True, "averaging": 0.998}
     similarity: str = setting("mse", "image term of the loss", choices=("mse", "ncc"))
     smoothness: float = setting(0.01, "weight of the velocity's diffusion (1.0 goes with ncc)")
     dice_weight: float = setting(0.05, "weight of the labels' overlap where both slices have expert labels")
@@ -110,7 +115,7 @@ class PropagationSettings(Settings):
 class SegmentationSettings(TrainingSettings):
     """`train_segmentation.py`."""
 
-    STRONG: ClassVar = {"augment": True, "averaging": 0.99, "dice_weight": 1.0}
+    STRONG: ClassVar = {**Settings.STRONG, "augment": True, "averaging": 0.99, "dice_weight": 1.0}
     dice_weight: float = setting(0.0, "weight of the soft Dice loss beside the cross-entropy")
     labels: str = setting("both", "labels to train on", choices=("original", "propagated", "both"))
     channels: int = setting(32, "channels of the U-Net's first level")
@@ -144,6 +149,7 @@ class EvaluationSettings(Settings):
 SHARED = (
     "size",
     "spacing",
+    "crop",
     "seed",
     "recipe",
     "channels",

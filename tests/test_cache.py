@@ -22,37 +22,42 @@ from cardiac.settings import Settings
 
 # ------------------------------------------------------------ geometry
 
+pairs = {"shape": st.integers(40, 75), "spacing": st.floats(0.8, 2.0), "centre": st.integers(19, 24)}
 grids = st.builds(
     Grid,
-    shape=st.tuples(st.integers(40, 75), st.integers(40, 75)),
-    spacing=st.tuples(st.floats(0.8, 2.0), st.floats(0.8, 2.0)),
+    **{name: st.tuples(each, each) for name, each in pairs.items()},
     size=st.sampled_from([32, 48, 64]),
     target=st.floats(0.8, 2.5),
-)
+) | st.builds(Grid, st.just((53, 64)), st.just((1.1, 1.7)), st.just(48), st.floats(0.8, 2.5))
 
 
-def in_mm(n, spacing):
+def in_mm(n, spacing, centre=None):
     """Positions of n pixels, mm from the centre."""
-    return (np.arange(n) - (n - 1) / 2) * spacing
+    return (np.arange(n) - ((n - 1) / 2 if centre is None else centre)) * spacing
+
+
+def own_axes(grid):
+    """Positions of a grid's own pixels along both axes, mm from the centre of its slices."""
+    return [in_mm(*each) for each in zip(grid.shape, grid.spacing, grid.centre or (None, None))]
 
 
 def ramp(x, y):
     return 5 + 0.3 * x[:, None] - 0.2 * y
 
 
-def covered(n, spacing, extent):
-    """Pixels of an axis that lie 5 mm and more inside another axis of this extent."""
-    return np.abs(in_mm(n, spacing)) < extent / 2 - 5
+def covered(axis, other):
+    """Pixels of an axis that lie 5 mm and more inside another axis."""
+    return (axis > other[0] + 5) & (axis < other[-1] - 5)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(grids)
 def test_a_ramp_has_the_same_value_at_the_same_place_there_and_back(grid):
-    own = [in_mm(n, spacing) for n, spacing in zip(grid.shape, grid.spacing)]
+    own = own_axes(grid)
     crop = in_mm(grid.size, grid.target)
     slices = grid.to_slices(ramp(*own)[None])[0]
     assert slices.shape == (grid.size, grid.size)
-    seen = [covered(grid.size, grid.target, n * spacing) for n, spacing in zip(grid.shape, grid.spacing)]
+    seen = [covered(crop, axis) for axis in own]
     steps = [grid.target / spacing for spacing in grid.spacing]
     # towards a coarser grid the sampled triangle's centre is off by a few hundredths of a pixel
     tolerance = 0.002 if max(steps) <= 1 else 0.1
@@ -60,7 +65,7 @@ def test_a_ramp_has_the_same_value_at_the_same_place_there_and_back(grid):
 
     planes = grid.from_slices(ramp(crop, crop)[None], "edge")[0]
     assert planes.shape == grid.shape
-    seen = [covered(n, spacing, grid.size * grid.target) for n, spacing in zip(grid.shape, grid.spacing)]
+    seen = [covered(axis, crop) for axis in own]
     tolerance = 0.002 if min(steps) >= 1 else 0.1
     np.testing.assert_allclose(planes[np.ix_(*seen)], ramp(*own)[np.ix_(*seen)], atol=tolerance)
 
@@ -68,7 +73,7 @@ def test_a_ramp_has_the_same_value_at_the_same_place_there_and_back(grid):
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(grids, st.floats(-3, 3), st.floats(-3, 3))
 def test_a_disc_keeps_its_place_and_area_there_and_back(grid, x0, y0):
-    own, crop = [in_mm(n, s) for n, s in zip(grid.shape, grid.spacing)], [in_mm(grid.size, grid.target)] * 2
+    own, crop = own_axes(grid), [in_mm(grid.size, grid.target)] * 2
     disc = np.hypot(own[0][:, None] - x0, own[1] - y0) < 9
     shares = grid.to_slices(one_hot(disc))[0]
     labels = grid.labels_to_slices(disc.astype(np.uint8))
@@ -115,7 +120,7 @@ def test_a_coarser_grid_averages_and_does_not_alias():
 
 @pytest.mark.parametrize("step", [0.4, 1.0, 1.7])
 def test_weights_sum_to_1_inside_and_outside_is_zero_or_the_edge(step):
-    edge, zero = (matrix(21, 64, step, outside) for outside in ("edge", "zero"))
+    edge, zero = (matrix(21, 64, step, outside=outside) for outside in ("edge", "zero"))
     np.testing.assert_allclose(edge.sum(1), 1, atol=1e-6)
     assert np.isclose(zero.sum(1), 1).sum() >= min(64, int(18 / step))
     if step == 1.7:  # the first target lies 43 pixels outside
@@ -424,3 +429,32 @@ def test_one_patient_is_trained_and_validated_on_with_a_warning(capsys):
 def test_without_training_labels_there_is_nothing_to_learn():
     with pytest.raises(InputError, match="no case of Training has labels"):
         split(cached("U", "Training", "C", False), cached("V", "Validation"))
+
+
+# ------------------------------------------------------------ where the heart is
+
+
+def beating(centre, shape=(96, 80), spacing=(1.5, 2.0), frames=6):
+    """A disc (X, Y, 1, T) that beats about `centre` (pixels), in a body that does not move."""
+    x, y = (in_mm(n, s, c) for n, s, c in zip(shape, spacing, centre))
+    distance = np.hypot(x[:, None], y)
+    radius = 22 + 6 * np.cos(2 * np.pi * np.arange(frames) / frames)
+    body = 0.3 + 0.5 * (np.indices(shape).sum(0) % 17 == 0)
+    return np.where(distance[..., None] < radius, 1.0, body[..., None])[:, :, None]
+
+
+@pytest.mark.parametrize("centre", [(30, 50), (60, 28), (47.5, 39.5)])
+def test_the_crop_follows_what_moves_and_not_the_image(centre):
+    found = cache_module.motion_centre(beating(centre), (1.5, 2.0, 8.0))
+    assert found == pytest.approx(centre, abs=1.5)
+    slices, grid = cache_module.to_slices(beating(centre), (1.5, 2.0, 8.0), 32, 1.5, "motion")
+    assert grid.centre == found
+    x, y = np.indices((32, 32)) - 15.5
+    assert (slices[:, np.hypot(x, y) < 9] > 0.9).all(), "the disc lies in the middle of the slices"
+    _, centred = cache_module.to_slices(beating(centre), (1.5, 2.0, 8.0), 32, 1.5, "centre")
+    assert centred.centre is None
+
+
+def test_where_nothing_moves_the_crop_is_about_the_image_centre():
+    still = beating((30, 50))[..., :1]
+    assert cache_module.motion_centre(still, (1.5, 2.0, 8.0)) == (47.5, 39.5)
