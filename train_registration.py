@@ -51,18 +51,23 @@ class Registration:
         return torch.nn.functional.mse_loss(warped, fixed)
 
     def validate(self):
-        """Dice of ED's label warped to ES, by case and region, and the image term."""
+        """Dice of ED's label warped to ES, by case and region, and the image term, or the latter alone."""
         store, images, scores = self.validation, [], []
         for case in store.cases:
             ed, es = (store.frame(case, frame) for frame in (case.ed, case.es))
-            labels, target = (store.expert(case, frame) for frame in (case.ed, case.es))
             displacement = networks.register(self.network, ed, es)
             images.append(self.similarity(warp(ed, displacement), es))
+            if len(case.expert) < 2:
+                continue
+            labels, target = (store.expert(case, frame) for frame in (case.ed, case.es))
             warped = propagation.warp_labels(labels, displacement).cpu().numpy()
             target = target.cpu().numpy()
             scores += [dice(warped == label, target == label) for label in range(1, 1 + len(REGIONS))]
+        loss = torch.stack(images).mean().item()
+        if not scores:
+            return {"val_loss": loss, "score": -loss}
         score = torch.tensor(scores).nanmean().item()
-        return {"val_loss": torch.stack(images).mean().item(), "val_dice": score, "score": score}
+        return {"val_loss": loss, "val_dice": score, "score": score}
 
 
 @script

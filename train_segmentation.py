@@ -50,7 +50,7 @@ class Segmentation:
         """Loss and Dice of LV, MYO and RV, by case and phase, of seen vendors; Dice of the others."""
         store, entropy, seen, unseen = self.validation, [], [], []
         for case in store.cases:
-            for frame in (case.ed, case.es):
+            for frame in case.expert:
                 labels = store.expert(case, frame)
                 probabilities = networks.segment(self.network, store.frame(case, frame))
                 prediction, target = probabilities.argmax(1).cpu().numpy(), labels.cpu().numpy()

@@ -14,7 +14,7 @@ Slices keep the axes of the NIfTI array, X along H and Y along W.
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
@@ -118,13 +118,20 @@ class CachedCase(Case):
 
     first: int  # row of frame 0, slice 0 in `images`
     first_label: int | None  # row of ED, slice 0 in `labels`; None without expert labels
-    crop_centre: tuple | None  # (x, y) pixel of its own grid at its slices' centre; None: the image's
     cropped: float  # share of labelled pixels that the crop loses
+    crop_centre: tuple | None = None  # (x, y) pixel of its own grid at its slices' centre; None: the image's
+    withheld: tuple = ()  # frames whose expert labels are treated as unknown
+
+    @property
+    def expert(self):
+        """The frames whose expert labels are known: ED and ES, or fewer."""
+        known = () if self.first_label is None else (self.ed, self.es)
+        return tuple(frame for frame in known if frame not in self.withheld)
 
     @property
     def labelled(self):
-        """Whether ED and ES have expert labels."""
-        return self.first_label is not None
+        """Whether any frame has an expert label that is known."""
+        return bool(self.expert)
 
     @property
     def slices(self):
@@ -141,7 +148,9 @@ class CachedCase(Case):
         return self.first + frame * self.slices + np.arange(self.slices)
 
     def label_rows(self, frame):
-        """Rows of an expert frame's slices in `labels`: (Z,)."""
+        """Rows of an expert frame's slices in `labels`: (Z,). Raises ValueError for any other frame."""
+        if frame not in self.expert:
+            raise ValueError(f"{self.code}: no expert label is known in frame {frame}")
         return self.first_label + (self.ed, self.es).index(frame) * self.slices + np.arange(self.slices)
 
     def grid(self, cache):
@@ -229,7 +238,30 @@ def open_cache(settings):
     cached = tuple(CachedCase(**vars(known[place.pop("code")]), **place) for place in places)
     cache = Cache(path, dataset.root, dataset.name, settings.size, settings.spacing, cached, skipped)
     _report(cache)
-    return cache
+    return _withhold(cache, settings) if hasattr(settings, "labelled_phases") else cache
+
+
+def _withhold(cache, settings):
+    """The cache with expert labels as few as the settings ask for: those of the rest are unknown.
+
+    `labelled_cases`: patients of Training, chosen by seed, that keep theirs; `labelled_phases`: ED, ES or
+    both, of Training and of Validation, which training decides by.
+    """
+    labelled = [case.code for case in cache.split("Training") if case.labelled]
+    count = settings.labelled_cases or len(labelled)
+    if count > len(labelled):
+        what = f"Training of {cache.root} has {len(labelled)} labelled cases"
+        raise InputError(f"--labelled-cases {count}: {what}")
+    chosen = set(np.random.default_rng(settings.seed).permutation(labelled)[:count])
+    cases = []
+    for case in cache.cases:
+        if case.labelled and case.split in ("Training", "Validation"):
+            known = {"ED": (case.ed,), "ES": (case.es,), "both": case.expert}[settings.labelled_phases]
+            if case.split == "Training" and case.code not in chosen:
+                known = ()
+            case = replace(case, withheld=tuple(set(case.expert) - set(known)))
+        cases.append(case)
+    return replace(cache, cases=tuple(cases))
 
 
 def _fingerprint(dataset):

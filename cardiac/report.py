@@ -79,7 +79,7 @@ def draw_registration(path, network, store, count=4):
         z = case.slices // 2
         phases = case.ed, case.es
         moving, fixed = (store.images(torch.from_numpy(case.rows(frame)[z : z + 1])) for frame in phases)
-        labels, target = (store.labels[case.label_rows(frame)[z]].cpu().numpy() for frame in phases)
+        labels, target = (_expert(store, case, frame, z) for frame in phases)
         displacement = register(network, moving, fixed)
         warped = warp(moving, displacement)[0, 0].cpu().numpy()
         determinant = jacobian_determinant(displacement)[0].cpu().numpy()
@@ -94,6 +94,11 @@ def draw_registration(path, network, store, count=4):
         _draw_grid(axes[5], displacement[0].cpu().numpy())
         show_slice(axes[6], determinant, None, "det J (white: 1)", cmap="PuOr", vmin=0, vmax=2)
     save_figure(figure, path)
+
+
+def _expert(store, case, frame, z):
+    """The expert label (S, S) of a slice, None where it is not known."""
+    return store.expert(case, frame)[z].cpu().numpy() if frame in case.expert else None
 
 
 def _spread(cases, count):
@@ -111,7 +116,7 @@ def draw_segmentation(path, network, store, count=4):
         z = case.slices // 2
         for k, (phase, frame) in enumerate((("ED", case.ed), ("ES", case.es))):
             image = store.images(torch.from_numpy(case.rows(frame)[z : z + 1]))
-            labels = store.labels[case.label_rows(frame)[z]].cpu().numpy()
+            labels = _expert(store, case, frame, z)
             prediction = segment(network, image).argmax(1)[0].cpu().numpy()
             image = image[0, 0].cpu().numpy()
             show_slice(axes[2 * k], image, labels, f"{case.code} {phase}: expert", vmin=0, vmax=1)
@@ -257,11 +262,11 @@ def median_case(cases, propagated):
 def labelled_cine(cache, case, propagated):
     """{frame: (images (Z, S, S), labels (Z, S, S))} of all frames with labels, in the order of time from ED.
     """
-    labels = propagated.of(case)
     size, z = cache.size, case.slices
     expert = np.empty((2 * z, size, size), np.uint8)
     cache.read("labels", [(case.first_label, case.first_label + 2 * z)], expert)
-    labels |= {case.ed: expert[:z], case.es: expert[z:]}
+    labels = {case.ed: expert[:z], case.es: expert[z:]}
+    labels |= propagated.of(case)  # where a phase was propagated, its expert label was not known
     frames = {}
     for frame in sorted(labels, key=lambda frame: (frame - case.ed) % case.frames):
         images = np.empty((z, size, size), np.float16)

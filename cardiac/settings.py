@@ -15,6 +15,16 @@ def setting(default, help, **options):
     return field(default=default, metadata={"help": help, **options})
 
 
+LABELLED_PHASES = setting(
+    "both",
+    "expert labels that are known; the other phase's are used for scores alone",
+    choices=("ED", "ES", "both"),
+)
+LABELLED_CASES = setting(
+    None, "use the expert labels of so many Training patients, chosen by seed; the others take part without"
+)
+
+
 @dataclass
 class Settings:
     """What all four scripts take."""
@@ -51,6 +61,7 @@ class Settings:
             "max_steps",
             "steps_per_epoch",
             "channels",
+            "labelled_cases",
         ):
             value = getattr(self, name, None)
             if value is not None and not 0 < value < float("inf"):
@@ -76,6 +87,8 @@ class TrainingSettings(Settings):
     max_steps: int = setting(None, "stop each network after so many steps in all; overrides --epochs")
     batch_size: int = setting(16, "slices (segmentation) or pairs of slices (registration) a step")
     lr: float = setting(1e-3, "learning rate of Adam")
+    labelled_phases: str = LABELLED_PHASES
+    labelled_cases: int = LABELLED_CASES
     augment: bool = setting(False, "a random transform for every sample (`augment.py`)")
     averaging: float = setting(
         0.0, "decay of the running average of the weights that is validated and kept; 0: none"
@@ -108,6 +121,8 @@ class PropagationSettings(Settings):
     frames: str = setting(
         "systole", "systole: the frames between ED and ES; all: diastole too", choices=("systole", "all")
     )
+    labelled_phases: str = LABELLED_PHASES
+    labelled_cases: int = LABELLED_CASES
     nifti: bool = setting(False, "write the labels as NIfTI on each case's own grid too")
 
 
@@ -152,6 +167,8 @@ SHARED = (
     "crop",
     "seed",
     "recipe",
+    "labelled_phases",
+    "labelled_cases",
     "channels",
     "skip_bad",
 )  # what later scripts take from earlier ones

@@ -116,19 +116,17 @@ class PairBatch:
 class Pairs:
     """Pairs of frames of one slice: ED with any other frame, either way round.
 
-    Where ED and ES both have expert labels, `labelled_share` of the pairs are these two. Cases without any
-    label take part with two frames at random.
+    Where the expert labels of ED and ES are both known, `labelled_share` of the pairs are these two. Cases
+    without any label take part with two frames at random.
     """
 
     def __init__(self, store, labelled_share):
         self.store, self.labelled_share = store, labelled_share
         columns = []
         for case in store.cases:
+            frames = (case.ed, case.es) if case.labelled else (-1, -1)
             for z in range(case.slices):
-                labels = (
-                    (case.first_label + z, case.first_label + case.slices + z) if case.labelled else (-1, -1)
-                )
-                frames = (case.ed, case.es) if case.labelled else (-1, -1)
+                labels = [case.label_rows(f)[z] if f in case.expert else -1 for f in frames]
                 columns.append((case.first + z, case.slices, case.frames, *frames, *labels))
         self.table = torch.tensor(columns).T
 
@@ -138,12 +136,12 @@ class Pairs:
         which = torch.randint(self.table.shape[1], (batch_size,), generator=generator)
         chance = torch.rand(4, batch_size, generator=generator)
         first, stride, frames, ed, es, ed_label, es_label = self.table[:, which]
-        labelled = ed_label >= 0
-        anchor = torch.where(labelled, ed, (chance[0] * frames).long())
+        labelled = (ed_label >= 0) & (es_label >= 0)
+        anchor = torch.where(ed >= 0, ed, (chance[0] * frames).long())
         other = (anchor + 1 + (chance[1] * (frames - 1)).long()) % frames
         other = torch.where(labelled & (chance[2] < self.labelled_share), es, other)
         rows = torch.stack([first + anchor * stride, first + other * stride])
-        other_label = torch.where(labelled & (other == es), es_label, -1)
+        other_label = torch.where(other == es, es_label, -1)
         labels = torch.stack([ed_label, other_label])
         swap = chance[3] < 0.5
         rows, labels = torch.where(swap, rows.flip(0), rows), torch.where(swap, labels.flip(0), labels)
@@ -163,7 +161,7 @@ class LabelledSlices:
     def __init__(self, store, propagated=None):
         rows, label_rows = [], []
         for case in store.cases:
-            for frame in (case.ed, case.es) if case.labelled else ():
+            for frame in case.expert:
                 rows.append(case.rows(frame))
                 label_rows.append(case.label_rows(frame))
         self.store = store

@@ -380,7 +380,7 @@ def test_a_cache_can_be_handed_to_another_process(data, tmp_path):
 
 def cached(code, split, vendor="A", labelled=True):
     known = {name.name: None for name in dataclasses.fields(CachedCase)}
-    known.update(code=code, split=split, vendor=vendor, first_label=0 if labelled else None)
+    known.update(code=code, split=split, vendor=vendor, first_label=0 if labelled else None, withheld=())
     return CachedCase(**known)
 
 

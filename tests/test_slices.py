@@ -23,7 +23,7 @@ SIDE = 16
 def cached(code, slices, frames, ed, es, first, first_label):
     known = {field.name: None for field in dataclasses.fields(CachedCase)}
     known.update(code=code, split="Training", vendor="A", ed=ed, es=es, shape=(20, 20, slices, frames))
-    return CachedCase(**{**known, "first": first, "first_label": first_label, "cropped": 0.0})
+    return CachedCase(**{**known, "first": first, "first_label": first_label, "withheld": ()})
 
 
 LAST = cached("LAST", 3, 5, ed=4, es=1, first=0, first_label=0)  # ED is the last frame
