@@ -63,7 +63,8 @@ def draw_curves(folder):
     left.set(xlabel="step", ylabel="loss", yscale="log")
     right.set(xlabel="step", ylabel="validation Dice")
     for axes in (left, right):
-        axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+        if axes.lines:  # without labels of both phases the registration has no Dice
+            axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         axes.spines[["top", "right"]].set_visible(False)
     save_figure(figure, folder / "curves.png")
 

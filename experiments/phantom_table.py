@@ -14,6 +14,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from common import call, interval, patient_means
 
 import propagate_labels
 import train_registration
@@ -36,11 +37,9 @@ def register_and_propagate(out, common, words):
     """One registration and propagation for all seeds; its labels, and their scores against the truth."""
     folder = out / "registered"
     grid = ["--size", str(words.size), "--spacing", str(words.spacing)]
-    call(
-        train_registration,
-        [*common, "--out", str(folder), *grid, "--max-steps", str(words.registration_steps)],
-    )
-    call(propagate_labels, [*common, "--out", str(folder)])
+    steps = ["--max-steps", words.registration_steps]
+    call(train_registration, *common, "--out", folder, *grid, *steps)
+    call(propagate_labels, *common, "--out", folder)
     settings = parse(PropagationSettings, [*common, "--out", str(folder)], None, earlier=("registration",))
     if not (out / "truth.csv").exists():
         rows = demo.score_against_truth(settings)
@@ -61,7 +60,7 @@ def run_seed(out, common, seed, words, propagation, cache):
         seeded = [*common, "--out", str(folder), "--seed", str(seed)]
         grid = ["--size", str(words.size), "--spacing", str(words.spacing), "--channels", str(words.channels)]
         steps = ["--max-steps", str(words.steps), "--steps-per-epoch", "100", "--labels", kind]
-        call(train_segmentation, [*seeded, *grid, *steps])
+        call(train_segmentation, *seeded, *grid, *steps)
         network = SegmentationNetwork(words.channels)
         load_network(network, folder / "segmentation" / kind / "best.pt", device)
         settings = parse(EvaluationSettings, [*seeded, *grid], None)
@@ -70,13 +69,6 @@ def run_seed(out, common, seed, words, propagation, cache):
         )
         rows += [{"seed": seed, **row} for row, _ in scored]
     return rows
-
-
-def call(script, words):
-    """Run a script in this process; stop where it fails."""
-    code = script.main(words)
-    if code:
-        raise SystemExit(code)
 
 
 def true_labels(cache):
@@ -91,27 +83,11 @@ def true_labels(cache):
     return Propagated(np.array(labels), where, np.ones(len(labels)))
 
 
-def patient_means(rows, model, seeds, vendors):
+def by_seed(rows, model, vendors):
     """Mean Dice of each seed and patient of these vendors: (seeds, patients)."""
-    scores = {}
-    for row in rows:
-        if row["model"] == model and row["vendor"] in vendors and row["dice"]:
-            scores.setdefault((row["seed"], row["case"]), []).append(float(row["dice"]))
-    patients = sorted({case for _, case in scores})
-    return np.array([[np.mean(scores[seed, case]) for case in patients] for seed in seeds])
-
-
-def interval(differences, resamples=10_000):
-    """Mean and 95 % bootstrap interval of differences (seeds, patients), both resampled."""
-    generator = np.random.default_rng(0)
-    seeds, patients = differences.shape
-    means = [
-        differences[generator.integers(seeds, size=seeds)][
-            :, generator.integers(patients, size=patients)
-        ].mean()
-        for _ in range(resamples)
-    ]
-    return differences.mean(), *np.percentile(means, (2.5, 97.5))
+    means = patient_means(rows, lambda row: row["model"] == model and row["vendor"] in vendors)
+    seeds, cases = (sorted(set(names)) for names in zip(*means))
+    return np.array([[means[seed, case] for case in cases] for seed in seeds])
 
 
 def print_results(rows, truth):
@@ -132,7 +108,7 @@ def print_results(rows, truth):
         )
     print()
     for name, vendors in (("all vendors", tuple("ABCD")), ("seen A, B", ("A", "B")), ("unseen C, D", UNSEEN)):
-        means = {model: patient_means(rows, model, seeds, vendors) for model in MODELS}
+        means = {model: by_seed(rows, model, vendors) for model in MODELS}
         for better, worse in (("propagated", "original"), ("oracle", "original"), ("oracle", "propagated")):
             mean, low, high = interval(means[better] - means[worse])
             print(f"{name}: {better} - {worse} = {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
