@@ -1,9 +1,11 @@
 """Step 2: carry the expert labels of ED to the frames between ED and ES, with the registration of step 1."""
 
+import copy
 import hashlib
 import shutil
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from cardiac import networks, propagation, report
@@ -13,9 +15,10 @@ from cardiac.files import write_csv
 from cardiac.losses import IGNORED
 from cardiac.nifti import write_labels
 from cardiac.run import choose_device, describe, run_folder, script
-from cardiac.settings import PropagationSettings, parse
+from cardiac.settings import PropagationSettings, RegistrationSettings, parse
 from cardiac.slices import SliceStore
 from cardiac.training import load_network
+from train_registration import Registration
 
 COLUMNS = ("case", "vendor", "frame", "slice", "source", "confidence", "folding_percent", "kept")
 
@@ -33,6 +36,7 @@ def main(argv):
     parts = b"".join(part.cpu().numpy().tobytes() for part in network.state_dict().values())
     digest = hashlib.sha256(parts).hexdigest()[:16]
     made_from = f"registration of step {trained.step}, {digest}, {settings.frames}, {settings.recipe}"
+    made_from += f", trust {settings.trust}, refined {settings.refine}"
     with run_folder(settings, "propagation", cache.cases) as folder:
         path = folder / "labels.h5"
         if propagation.made_from(path) == made_from:
@@ -45,7 +49,8 @@ def main(argv):
                 f"propagation: {len(cases)} cases, registration of step {trained.step}, on {describe(device)}"
             )
             propagated, rows = propagate(network, cache, cases, settings, device)
-            write_csv(folder / "quality.csv", COLUMNS, rows)
+            columns = (*COLUMNS, "fault") if settings.trust else COLUMNS
+            write_csv(folder / "quality.csv", columns, rows)
             report.draw_cine(folder / "cine.gif", cache, cases, propagated)
             propagated.write(path, made_from)  # last: what it is there for is finished
         for case in tqdm(cases, "nifti", unit="case") if settings.nifti else ():
@@ -55,45 +60,63 @@ def main(argv):
 
 
 def propagate(network, cache, cases, settings, device):
-    """Propagated labels of all `cases` (a `Propagated`) and the rows of quality.csv.
-
-    Under the strong recipe a slice with a label at ED and none at ES, out of which the base moves at an
-    unknown time, is kept in the half of the interval that is nearer to ED.
-    """
-    labels, where, confidences, rows, gains = [], [], [], [], []
+    """Propagated labels of all `cases` (a `Propagated`) and the rows of quality.csv."""
+    parts, where, rows, gains = [], [], [], []
     for case in tqdm(cases, "propagating", unit="case"):
         store = SliceStore(cache, [case], device)
-        frames = propagation.frames_between(case.ed, case.es, case.frames)
-        if settings.frames == "all":
-            frames += propagation.frames_between(case.es, case.ed, case.frames)
-        gains.append(propagation.carried_to_es(network, store))
-        tqdm.write(
-            f"{case.code}: Dice of ED's label carried to ES {gains[-1][1]:.3f} (identity {gains[-1][0]:.3f})"
+        if len(case.expert) == 2:
+            gains.append(propagation.carried_to_es(network, store))
+            before, after = gains[-1]
+            tqdm.write(f"{case.code}: Dice of ED's label carried to ES {after:.3f} (identity {before:.3f})")
+        refined = refine(network, store, settings) if settings.refine else network
+        for start, end, frames in propagation.intervals(case, settings.frames):
+            if not frames:
+                continue
+            found = propagation.propagate_interval(refined, store, start, end, frames, settings.trust)
+            for f, z in np.ndindex(found.confidence.shape):
+                row = {"case": case.code, "vendor": case.vendor, "frame": frames[f], "slice": z}
+                row |= {"source": found.source[f][z], "confidence": float(found.confidence[f, z])}
+                row |= {"folding_percent": float(found.folding[f, z]), "fault": found.fault[f][z]}
+                rows.append({**row, "kept": int(bool(row["source"] and not row["fault"]))})
+                if rows[-1]["kept"]:
+                    where.append((case.code, frames[f], z))
+                    parts.append(
+                        [
+                            each[f, z]
+                            for each in (found.labels, found.confidence, found.trust)
+                            if each is not None
+                        ]
+                    )
+    if gains:
+        before, after = np.mean(gains, axis=0)
+        print(
+            f"ED's label carried to ES, {len(gains)} patients: mean Dice {after:.3f}, identity {before:.3f}"
         )
-        if not frames:
-            continue
-        warped, confidence, folding = propagation.propagate_case(network, store, frames)
-        leaves = propagation.unlabelled_at_es(store) & (settings.recipe == "strong")
-        for k, frame in enumerate(frames):
-            for z in range(case.slices):
-                labelled = bool(confidence[k, z] == confidence[k, z])  # NaN: ED has no label in this slice
-                kept = labelled and not (leaves[z] and not propagation.nearer_to_ed(case, frame))
-                row = {"case": case.code, "vendor": case.vendor, "frame": frame, "slice": z}
-                row |= {"source": "ED" if labelled else "", "confidence": float(confidence[k, z])}
-                rows.append({**row, "folding_percent": float(folding[k, z]), "kept": int(kept)})
-                if kept:
-                    labels.append(warped[k, z])
-                    where.append((case.code, frame, z))
-                    confidences.append(confidence[k, z])
-    before, after = np.mean(gains, axis=0)
-    print(f"ED's label carried to ES, {len(gains)} patients: mean Dice {after:.3f}, identity {before:.3f}")
-    if not labels:
+    labels, confidence, *trust = zip(*parts) if parts else ((), ())
+    if not parts:
         print("no frame lies between ED and ES: nothing is propagated, and the files are empty")
     else:
-        print(f"{len(labels)} slices propagated, mean confidence {np.mean(confidences):.3f}, "
+        print(f"{len(labels)} slices propagated, mean confidence {np.mean(confidence):.3f}, "
               f"{len(rows) - len(labels)} left out (no label at ED, or kept = 0 in quality.csv)")  # fmt: skip
-    arrays = np.array(labels, np.uint8).reshape(-1, cache.size, cache.size)
-    return propagation.Propagated(arrays, where, np.array(confidences, np.float32)), rows
+    shape = (-1, cache.size, cache.size)
+    maps = [np.array(each, np.uint8).reshape(shape) for each in (labels, *trust)]
+    return propagation.Propagated(maps[0], where, np.array(confidence, np.float32), *maps[1:]), rows
+
+
+def refine(network, store, settings):
+    """A copy of the network after `settings.refine` steps on the one patient in `store`: ED and ES, whose
+    labels are known, and every other frame, at a tenth of the training's learning rate.
+    """
+    words = ["--data", str(settings.data), "--out", str(settings.out)]
+    trained = parse(RegistrationSettings, words, None, own=("registration",))
+    task = Registration(trained, store, store)
+    task.network = copy.deepcopy(network)
+    optimizer = torch.optim.Adam(task.network.parameters(), lr=0.1 * trained.lr)
+    for step in range(settings.refine):
+        optimizer.zero_grad()
+        task.losses(task.draw(step))["loss"].backward()
+        optimizer.step()
+    return task.network
 
 
 def on_own_grid(cache, case, propagated):
@@ -103,8 +126,9 @@ def on_own_grid(cache, case, propagated):
     for frame, slices in propagated.of(case).items():
         slices = np.where(slices == IGNORED, 0, slices)
         labels[..., frame] = most_likely(grid.from_slices(one_hot(slices))).transpose(1, 2, 0)
-    for frame, expert in load_labels(case).items():
-        labels[..., frame] = expert
+    experts = load_labels(case)
+    for frame in case.expert:
+        labels[..., frame] = experts[frame]
     return labels
 
 

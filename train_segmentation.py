@@ -28,22 +28,18 @@ class Segmentation:
         self.network = networks.SegmentationNetwork(settings.channels)
 
     def draw(self, step):
-        """The slices and labels of step `step`."""
-        images, labels = self.slices.draw(self.settings.batch_size, self.settings.seed, step)
-        return (
-            augment_slices(images, labels, self.settings.seed, step)
-            if self.settings.augment
-            else (images, labels)
-        )
+        """The slices, labels and trust of step `step`."""
+        batch = self.slices.draw(self.settings.batch_size, self.settings.seed, step)
+        return augment_slices(*batch, self.settings.seed, step) if self.settings.augment else batch
 
     def losses(self, batch):
-        """Cross-entropy over labelled pixels, and soft Dice where it has a weight."""
-        images, labels = batch
-        logits = self.network(images)
-        entropy = losses.cross_entropy(logits, labels)
+        """Cross-entropy over labelled pixels, and soft Dice where it has a weight, both weighted by trust."""
+        images, labels, trust = batch
+        logits, trust = self.network(images), trust / 255
+        entropy = losses.cross_entropy(logits, labels, trust)
         if not self.settings.dice_weight:
             return {"loss": entropy}
-        overlap = losses.soft_dice_loss(logits, labels)
+        overlap = losses.soft_dice_loss(logits, labels, trust)
         return {"loss": entropy + self.settings.dice_weight * overlap, "entropy": entropy, "overlap": overlap}
 
     def validate(self):
@@ -105,7 +101,7 @@ def main(argv):
         extra = propagated if name == "propagated" else None
         labels = made_from(settings.out / "propagation" / "labels.h5") if extra else None
         with run_folder(settings, place, cache.cases, labels) as folder:
-            slices = LabelledSlices(store, extra)
+            slices = LabelledSlices(store, extra, settings.expert_share)
             print(f"{name}: {slices.expert} expert slices + {len(slices) - slices.expert} propagated, "
                   f"{settings.total_steps} steps of {settings.batch_size} on {describe(device)}")  # fmt: skip
             task = Segmentation(settings, slices, validation)

@@ -86,12 +86,12 @@ def augment_pairs(batch, seed, step):
     return PairBatch(images[:, :1], images[:, 1:], labels[:, 0], labels[:, 1], batch.labelled)
 
 
-def augment_slices(images, labels, seed, step):
-    """Images (B, 1, S, S) and labels (B, S, S), each moved, and seen by a scanner of its own."""
+def augment_slices(images, labels, trust, seed, step):
+    """Images (B, 1, S, S), labels and trust (B, S, S), each moved, and seen by a scanner of its own."""
     generator = _generator(seed, step)
     displacement = spatial_displacement(generator, len(images), *_where(images))
-    images, labels = move(displacement, images, labels[:, None])
-    return vary_intensity(generator, images), labels[:, 0]
+    images, maps = move(displacement, images, torch.stack([labels, trust], 1))
+    return vary_intensity(generator, images), *maps.unbind(1)
 
 
 def _generator(seed, step):

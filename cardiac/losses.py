@@ -65,19 +65,27 @@ def overlap_loss(warped, fixed, labelled):
     return ((1 - dice) * counted).sum() / counted.sum().clamp(min=1)
 
 
-def cross_entropy(logits, labels):
-    """Mean cross-entropy of logits (B, 4, H, W) and labels (B, H, W) over the pixels that are not IGNORED."""
-    return F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORED)
+def cross_entropy(logits, labels, trust=None):
+    """Mean cross-entropy of logits (B, 4, H, W) and labels (B, H, W) over the pixels that are not IGNORED.
+
+    trust: (B, H, W), the weight of each pixel in the mean; None: the same for all.
+    """
+    entropy = F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORED, reduction="none")
+    weight = (labels != IGNORED).float() if trust is None else (labels != IGNORED) * trust
+    return (entropy * weight).sum() / weight.sum().clamp(min=1e-6)
 
 
-def soft_dice_loss(logits, labels):
+def soft_dice_loss(logits, labels, trust=None):
     """1 - soft Dice of LV, MYO and RV over the whole batch, logits (B, 4, H, W), labels (B, H, W); IGNORED
     left out.
 
-    Milletari et al., 2016; over the batch, so that a slice without a region does not score 0 for it.
+    Milletari et al., 2016; over the batch, so that a slice without a region does not score 0 for it. trust:
+    (B, H, W), how much each pixel counts; None: 1.
     """
-    counted = (labels != IGNORED)[:, None]
-    probabilities = logits.float().softmax(1)[:, 1:] * counted
+    weight = (labels != IGNORED)[:, None]
+    weight = weight if trust is None else weight * trust[:, None]
+    probabilities = logits.float().softmax(1)[:, 1:]
     target = one_hot(labels)
-    shared = (probabilities * target).sum((0, 2, 3))
-    return 1 - (2 * shared / (probabilities + target).sum((0, 2, 3)).clamp(min=1e-6)).mean()
+    shared = (weight * probabilities * target).sum((0, 2, 3))
+    total = (weight * (probabilities + target)).sum((0, 2, 3))
+    return 1 - (2 * shared / total.clamp(min=1e-6)).mean()

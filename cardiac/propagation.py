@@ -1,4 +1,4 @@
-"""Labels through time: expert labels of ED warped to the frames between, and how far each may be trusted."""
+"""Labels through time: expert labels of ED (and ES) warped to the frames between."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from scipy.ndimage import distance_transform_edt
 
-from cardiac import LABELS, REGIONS
+from cardiac import LABELS, REGIONS, trust
 from cardiac.cases import load_labels
 from cardiac.files import InputError, hdf5_dataset, writing_hdf5
 from cardiac.losses import IGNORED, one_hot
@@ -25,40 +25,53 @@ def frames_between(start, end, frames):
     return [(start + step) % frames for step in range(1, (end - start) % frames)]
 
 
-def nearer_to_ed(case, frame):
-    """Whether a frame lies in the half of its interval, ED to ES or ES to ED, that is nearer to ED."""
-    systole = (case.es - case.ed) % case.frames
-    since = (frame - case.ed) % case.frames
-    return 2 * since <= systole if since <= systole else 2 * (case.frames - since) <= case.frames - systole
+def intervals(case, frames):
+    """The successive frames to label: [(start, end, frames)] of systole and, for `frames` "all", diastole.
+
+    start, end: the phases "ED" and "ES" in the order met. A phase whose expert label is not known is labelled
+    as well, at the end of its interval.
+    """
+    found = []
+    for start, end in (("ED", "ES"), ("ES", "ED"))[: 2 if frames == "all" else 1]:
+        first, last = (case.phases[phase] for phase in (start, end))
+        inside = frames_between(first, last, case.frames)
+        found.append((start, end, inside + [last] * (last not in case.expert)))
+    if frames == "systole" and case.ed not in case.expert:
+        start, end, inside = found[0]
+        found = [(start, end, [case.ed, *inside])]
+    return found
 
 
-def unlabelled_at_es(store):
-    """Which slices (Z,) of the one case in `store` the expert left empty at ES."""
-    (case,) = store.cases
-    labels = store.expert(case, case.es)
-    return ~(labels > 0).flatten(1).any(1).cpu().numpy()  # any() of uint8 is uint8
+def harden(regions):
+    """Soft shares (..., 3, H, W) of LV, MYO and RV, the rest background, to labels (..., H, W) uint8."""
+    share, region = regions.max(-3)
+    return torch.where(share > 1 - regions.sum(-3), region + 1, 0).to(torch.uint8)
 
 
 def warp_labels(labels, displacement):
     """Warp labels (B, H, W) uint8: soft, one arg max at the end (warping hard labels would erode them)."""
-    regions = warp(one_hot(labels), displacement)
-    share, region = regions.max(1)
-    return torch.where(share > 1 - regions.sum(1), region + 1, 0).to(torch.uint8)
+    return harden(warp(one_hot(labels), displacement))
 
 
 @dataclass
 class Propagated:
-    """Propagated labels (N, S, S) uint8, and of each slice (code, frame, slice) and its confidence."""
+    """Propagated labels (N, S, S) uint8, and of each slice (code, frame, slice) and its confidence.
+
+    trust: (N, S, S) uint8, of every pixel, 255 for 1; None: as much as the expert's.
+    """
 
     labels: np.ndarray
     where: list
     confidence: np.ndarray
+    trust: np.ndarray | None = None
 
     def write(self, path, made_from):
         """Write labels.h5; `made_from` tells the registration and settings that it was made with."""
         codes, frames, slices = zip(*self.where) if self.where else ((), (), ())
-        with writing_hdf5(path, self.labels.nbytes + 200 * len(codes) + 2**20) as file:
+        with writing_hdf5(path, 2 * self.labels.nbytes + 200 * len(codes) + 2**20) as file:
             file.create_dataset("labels", data=self.labels)
+            if self.trust is not None:
+                file.create_dataset("trust", data=self.trust)
             file.create_dataset("case", data=np.array(codes, "S"))
             file.create_dataset("frame", data=np.array(frames, np.int32))
             file.create_dataset("slice", data=np.array(slices, np.int32))
@@ -83,13 +96,15 @@ class Propagated:
             names = ("labels", "case", "frame", "slice", "confidence")
             with h5py.File(path) as file:
                 labels, *columns = (hdf5_dataset(file, name)[:] for name in names)
+                trust = hdf5_dataset(file, "trust")[:] if "trust" in file else None
             kinds = "".join(each.dtype.kind for each in (labels, *columns))
             fits = kinds == "uSiif" and labels.ndim == 3 and len({*map(len, (labels, *columns))}) == 1
-            if not fits or labels.max(initial=0) > len(LABELS):
+            trusted = trust is None or (trust.dtype == np.uint8 and trust.shape == labels.shape)
+            if not (fits and trusted) or labels.max(initial=0) > len(LABELS):
                 raise ValueError("its parts do not fit each other")
             codes, *columns = (each.tolist() for each in columns)
             where = [(code.decode("ascii"), *place) for code, *place in zip(codes, *columns[:2])]
-            return cls(labels, where, np.array(columns[2], np.float32))
+            return cls(labels, where, np.array(columns[2], np.float32), trust)
         except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(
                 f"{path}: not readable ({error}); run propagate_labels.py --overwrite"
@@ -121,36 +136,95 @@ def carried_to_es(network, store):
     ]
 
 
+@dataclass
+class Carried:
+    """The expert labels of one phase, carried to F frames of a case of Z slices; on the device."""
+
+    regions: torch.Tensor  # (F, Z, 3, S, S) soft shares of LV, MYO, RV
+    residual: torch.Tensor  # (F, Z, S, S) what is left of the images' difference, over 5 x 5 pixels
+    cycle: torch.Tensor  # (F, Z, S, S) mm by which the way there and back misses
+    confidence: torch.Tensor  # (F, Z) Dice of the label with itself after the way there and back
+    folding: torch.Tensor  # (F, Z) percent of det J <= 0 near the heart
+    present: torch.Tensor  # (Z,) slices with a label; without, confidence and folding are NaN
+
+
 @torch.no_grad()
-def propagate_case(network, store, frames):
-    """Carry ED's labels to `frames` of the one case in `store`.
+def carry(network, store, source, frames):
+    """Carry the expert labels of frame `source` to `frames` of the one case in `store`: `Carried`.
 
-    Returns labels (F, Z, S, S) uint8, confidence (F, Z) and folding percent (F, Z), numpy; both NaN in slices
-    where ED has no label, which are unlabelled, not background. Confidence is the Dice of ED's label with
-    itself after ED -> t -> ED, the way back registered anew, averaged over the slice's regions.
+    The way back is registered anew, moving and fixed exchanged: exp(-v) would undo exp(v) by construction.
     """
-    (case,), count, z = store.cases, len(frames), store.cases[0].slices
-    ed = store.frame(case, case.ed).repeat(count, 1, 1, 1)
-    labels = store.expert(case, case.ed).repeat(count, 1, 1)
-    target = store.images(torch.from_numpy(np.concatenate([case.rows(frame) for frame in frames])))
+    (case,), count = store.cases, len(frames)
+    moving = store.frame(case, source).repeat(count, 1, 1, 1)
+    labels = store.expert(case, source).repeat(count, 1, 1)
+    fixed = store.images(torch.from_numpy(np.concatenate([case.rows(frame) for frame in frames])))
 
-    forth = register(network, ed, target)
-    warped = warp_labels(labels, forth)
-    back = register(network, target, ed)
-    cycled = one_hot(warp_labels(labels, compose(forth, back)))
-    source = one_hot(labels)
-    areas = source.sum((-2, -1))
-    agreement = 2 * (cycled * source).sum((-2, -1)) / (areas + cycled.sum((-2, -1))).clamp(min=1)
-    present = areas > 0
-    confidence = (agreement * present).sum(1) / present.sum(1)  # 0 / 0 is NaN: a slice without labels
+    forth, back = register(network, moving, fixed), register(network, fixed, moving)
+    origin = one_hot(labels)
+    warped = warp(torch.cat([moving, origin], 1), forth)
+    regions, residual = warped[:, 1:], trust.local_mean((warped[:, 0] - fixed[:, 0]).abs())
+    cycled = one_hot(warp_labels(harden(regions), back))
+    cycle = compose(back, forth).norm(dim=1) * store.cache.spacing
+    shown = origin.sum((-2, -1))
+    agreement = 2 * (cycled * origin).sum((-2, -1)) / (shown + cycled.sum((-2, -1))).clamp(min=1)
+    confidence = (agreement * (shown > 0)).sum(1) / (shown > 0).sum(1)  # 0 / 0 is NaN: no label
 
-    margin = NEAR_HEART_MM / store.cache.spacing
-    near = _dilate((labels > 0) | (warped > 0), margin)
+    near = _dilate((labels > 0) | (harden(regions) > 0), NEAR_HEART_MM / store.cache.spacing)
     folded = (jacobian_determinant(forth) <= 0) & near
     folding = 100 * folded.sum((-2, -1)) / near.sum((-2, -1))
-    folding = torch.where(present.any(1), folding, torch.nan)
-    arrays = (warped.view(count, z, *warped.shape[1:]), confidence.view(count, z), folding.view(count, z))
-    return tuple(array.cpu().numpy() for array in arrays)
+    folding = torch.where((shown > 0).any(1), folding, torch.nan)
+    shape = (count, case.slices)
+    parts = (part.unflatten(0, shape) for part in (regions, residual, cycle, confidence, folding))
+    return Carried(*parts, (shown > 0).any(1).view(shape)[0])
+
+
+@dataclass
+class Result:
+    """What propagation gives to successive frames of a case, numpy."""
+
+    labels: np.ndarray  # (F, Z, S, S) uint8
+    trust: np.ndarray | None  # (F, Z, S, S) uint8, 255 for 1
+    confidence: np.ndarray  # (F, Z), NaN in slices without a source: unlabelled, not background
+    folding: np.ndarray  # (F, Z) percent
+    source: list  # (F, Z) of "ED", "ES", "ED+ES", ""
+    fault: list  # (F, Z) of why a slice is not kept, "" where it is
+
+
+def propagate_interval(network, store, start, end, frames, trusted):
+    """Labels of successive `frames` between two phases of the one case in `store`: a `Result`.
+
+    Of the paper: ED's labels warped (ES's where ED's are not known), and the Dice after the way there and
+    back for confidence. `trusted`: fused, weighed and checked as in `trust.py`.
+    """
+    (case,) = store.cases
+    known = [phase for phase in ("ED", "ES") if case.phases[phase] in case.expert]
+    carried = {
+        phase: carry(network, store, case.phases[phase], frames) for phase in known[: 2 if trusted else 1]
+    }
+    folding = torch.stack([each.folding for each in carried.values()]).nan_to_num(-1).amax(0)
+    span = (case.phases[end] - case.phases[start]) % case.frames
+    elapsed = torch.tensor([(frame - case.phases[start]) % case.frames / span for frame in frames])
+    elapsed = elapsed.to(store.device)
+    fault, certainty = [[""] * case.slices for _ in frames], None
+    if trusted:
+        regions, certainty, sources = trust.fuse(carried, {start: 1 - elapsed, end: elapsed})
+        labels = harden(regions)
+        ends = [store.expert(case, case.phases[p]) if p in known else None for p in (start, end)]
+        fault = trust.faults(labels, ends, elapsed, folding, store.cache.spacing**2)
+        heart = trust.local_mean((regions.sum(2) > 0.05).flatten(0, 1).float()).view_as(certainty)
+        confidence = (certainty * heart).sum((-2, -1)) / heart.sum((-2, -1))
+        certainty = (255 * certainty).round().to(torch.uint8).cpu().numpy()
+    else:
+        ((phase, only),) = carried.items()
+        labels, confidence = harden(only.regions), only.confidence
+        sources = {phase: only.present.expand(len(frames), -1)}
+    none = ~torch.stack(list(sources.values())).any(0)
+    confidence, folding = (torch.where(none, torch.nan, each).cpu().numpy() for each in (confidence, folding))
+    masks = {phase: mask.tolist() for phase, mask in sources.items()}
+    named = [
+        ["+".join(p for p in masks if masks[p][f][z]) for z in range(case.slices)] for f in range(len(frames))
+    ]
+    return Result(labels.cpu().numpy(), certainty, confidence, folding, named, fault)
 
 
 def _dilate(masks, pixels):

@@ -71,8 +71,10 @@ class Settings:
             raise InputError(
                 f"--size {self.size}: the networks halve it four times; take {down} or {down + 16}"
             )
-        limits = dict.fromkeys(("seed", "workers", "patience", "smoothness", "dice_weight"), float("inf"))
-        for name, largest in {**limits, "averaging": 1, "labelled_share": 1}.items():
+        limits = dict.fromkeys(
+            ("seed", "workers", "patience", "refine", "smoothness", "dice_weight"), float("inf")
+        )
+        for name, largest in {**limits, "averaging": 1, "labelled_share": 1, "expert_share": 1}.items():
             value = getattr(self, name, 0)
             if not 0 <= value <= largest:
                 raise InputError(f"--{name.replace('_', '-')} {value}: must lie from 0 to {largest}")
@@ -118,6 +120,12 @@ class RegistrationSettings(TrainingSettings):
 class PropagationSettings(Settings):
     """`propagate_labels.py`."""
 
+    STRONG: ClassVar = {**Settings.STRONG, "trust": True}
+    trust: bool = setting(
+        False, "labels of ED and ES fused, every pixel weighed by trust, every slice checked (`trust.py`)"
+    )
+    refine: int = setting(0, "steps of training on the two labelled frames of each patient before")
+
     frames: str = setting(
         "systole", "systole: the frames between ED and ES; all: diastole too", choices=("systole", "all")
     )
@@ -130,7 +138,16 @@ class PropagationSettings(Settings):
 class SegmentationSettings(TrainingSettings):
     """`train_segmentation.py`."""
 
-    STRONG: ClassVar = {**Settings.STRONG, "augment": True, "averaging": 0.99, "dice_weight": 1.0}
+    STRONG: ClassVar = {
+        **Settings.STRONG,
+        "augment": True,
+        "averaging": 0.99,
+        "dice_weight": 1.0,
+        "expert_share": 0.5,
+    }
+    expert_share: float = setting(
+        0.0, "share of a batch drawn from expert slices, the rest propagated; 0: every slice is as likely"
+    )
     dice_weight: float = setting(0.0, "weight of the soft Dice loss beside the cross-entropy")
     labels: str = setting("both", "labels to train on", choices=("original", "propagated", "both"))
     channels: int = setting(32, "channels of the U-Net's first level")

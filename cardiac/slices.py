@@ -153,21 +153,24 @@ class Pairs:
 
 
 class LabelledSlices:
-    """Slices with labels, expert or propagated, drawn evenly.
+    """Slices with labels, expert or propagated.
 
-    rows: (N,) of the store's images; labels: (N, S, S) uint8 on the device.
+    rows: (N,) of the store's images, the expert's first; labels: (N, S, S) uint8 and trust: (P + 1, S, S)
+    uint8 on the device, of the P propagated ones and, as row -1, the full trust of all others. expert_share:
+    of the slices drawn that are expert ones; 0: every slice is as likely.
     """
 
-    def __init__(self, store, propagated=None):
+    def __init__(self, store, propagated=None, expert_share=0.0):
         rows, label_rows = [], []
         for case in store.cases:
             for frame in case.expert:
                 rows.append(case.rows(frame))
                 label_rows.append(case.label_rows(frame))
-        self.store = store
+        self.store, self.expert_share = store, expert_share
         self.rows = torch.from_numpy(np.concatenate(rows))
         self.labels = store.labels[torch.from_numpy(np.concatenate(label_rows)).to(store.device)]
         self.expert = len(self.rows)
+        full = np.full((1, *self.labels.shape[1:]), 255, np.uint8)
         if propagated is not None:
             cases = {case.code: case for case in store.cases}
             # patients held out for validation have propagated labels too
@@ -175,13 +178,23 @@ class LabelledSlices:
             rows = [cases[code].rows(frame)[z] for code, frame, z in propagated.where if code in cases]
             self.rows = torch.cat([self.rows, torch.tensor(rows, dtype=torch.long)])
             self.labels = torch.cat([self.labels, torch.from_numpy(propagated.labels[used]).to(store.device)])
+            if propagated.trust is not None:
+                full = np.concatenate([propagated.trust[used], full])
+        self.trust = torch.from_numpy(full).to(store.device)
 
     def __len__(self):
         return len(self.rows)
 
     def draw(self, batch_size, seed, step):
-        """The slices of one step: images (B, 1, S, S) and labels (B, S, S)."""
-        which = torch.randint(len(self), (batch_size,), generator=step_generator(seed, step))
-        return self.store.images(self.rows[which]), self.labels[
-            which.to(self.store.device, non_blocking=True)
-        ]
+        """The slices of one step: images (B, 1, S, S), labels and trust (B, S, S) uint8, 255 for 1."""
+        generator = step_generator(seed, step)
+        which = torch.randint(len(self), (batch_size,), generator=generator)
+        propagated = len(self) - self.expert
+        if self.expert_share > 0 and propagated:
+            chance = torch.rand(2, batch_size, generator=generator)
+            one, other = (chance[1] * count for count in (self.expert, propagated))
+            which = torch.where(chance[0] < self.expert_share, one, self.expert + other).long()
+        trust = torch.where(which < self.expert, -1, which - self.expert).clamp(max=len(self.trust) - 1)
+        images = self.store.images(self.rows[which])
+        which, trust = (each.to(self.store.device, non_blocking=True) for each in (which, trust))
+        return images, self.labels[which], self.trust[trust]

@@ -62,10 +62,10 @@ def test_rotation_turns_by_no_more_than_asked():
 
 def test_draws_depend_on_seed_and_step_alone():
     images, labels = disc()
-    first = augment.augment_slices(images, labels, 3, 7)
+    first = augment.augment_slices(images, labels, labels * 80, 3, 7)
     torch.rand(100)
-    again = augment.augment_slices(images, labels, 3, 7)
-    other = augment.augment_slices(images, labels, 3, 8)
+    again = augment.augment_slices(images, labels, labels * 80, 3, 7)
+    other = augment.augment_slices(images, labels, labels * 80, 3, 8)
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
     assert not torch.equal(first[0], other[0])

@@ -5,6 +5,7 @@ so that what is tested is the way of the labels and not the network.
 """
 
 import csv
+import dataclasses
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,7 +117,8 @@ def swinging(tmp_path_factory):
 
 def carried(swinging, network, frames):
     cache, case, _ = swinging
-    return propagation.propagate_case(network, SliceStore(cache, [case], CPU), frames)
+    found = propagation.propagate_interval(network, SliceStore(cache, [case], CPU), "ED", "ES", frames, False)
+    return found.labels, found.confidence, found.folding
 
 
 @pytest.mark.parametrize("frame", [2, 3, 4, 5, 0])
@@ -156,30 +158,34 @@ def test_folding_counts_near_the_heart_alone(swinging, monkeypatch, size, expect
     assert carried(swinging, None, [3])[2][0, :2] == pytest.approx([expected] * 2)
 
 
-def words(frames, recipe="paper"):
+def words(frames, trust=False):
     """What `propagate` looks at of its settings."""
-    return SimpleNamespace(frames=frames, recipe=recipe)
+    return SimpleNamespace(frames=frames, trust=trust, refine=0)
 
 
-@pytest.mark.parametrize(("recipe", "frames"), [("paper", {0, 2, 3, 5}), ("strong", {2, 0})])
-def test_a_slice_that_es_lacks_is_kept_near_ed_under_the_strong_recipe(swinging, monkeypatch, recipe, frames):
-    cache, case, _ = swinging  # ED 1, ES 4 of 6 frames: 2 and 0 are nearer to ED
-    monkeypatch.setattr(propagation, "unlabelled_at_es", lambda store: np.array([True, False, False]))
-    propagated, rows = propagate_labels.propagate(follower, cache, [case], words("all", recipe), CPU)
-    assert {frame for _, frame, z in propagated.where if z == 0} == frames
+def test_a_slice_that_one_phase_lacks_comes_from_the_other_in_the_nearer_half(swinging):
+    cache, case, _ = swinging  # ED 1, ES 4 of 6 frames; ED lacks slice 2
+    propagated, rows = propagate_labels.propagate(follower, cache, [case], words("all", True), CPU)
+    assert {frame for _, frame, z in propagated.where if z == 2} == {3, 5}
     assert {frame for _, frame, z in propagated.where if z == 1} == {0, 2, 3, 5}
-    dropped = {row["frame"] for row in rows if row["slice"] == 0 and not row["kept"]}
-    assert dropped == {0, 2, 3, 5} - frames
+    sources = {(row["frame"], row["slice"]): row["source"] for row in rows}
+    assert [sources[frame, 2] for frame in (2, 3, 5, 0)] == ["", "ES", "ES", ""]
+    assert {sources[frame, 1] for frame in (2, 3, 5, 0)} == {"ED+ES"}
+    assert len(propagated.trust) == len(propagated.labels)
 
 
-def test_unlabelled_at_es(swinging):
+def test_withheld_phases_are_labelled_and_the_known_one_is_the_source(swinging):
     cache, case, _ = swinging
-    store = SliceStore(cache, [case], CPU)
-    expected = [not store.labels[row].any() for row in store.cases[0].label_rows(case.es)]
-    assert propagation.unlabelled_at_es(store).tolist() == expected
-    store.labels[store.cases[0].label_rows(case.es)[1]] = 0
-    assert propagation.unlabelled_at_es(store)[1]
-    assert not propagation.unlabelled_at_es(store)[0]
+    for withheld, expected in ((case.es, [2, 3, 4]), (case.ed, [1, 2, 3])):
+        known = dataclasses.replace(case, withheld=(withheld,))
+        for trust in (False, True):
+            propagated, rows = propagate_labels.propagate(
+                follower, cache, [known], words("systole", trust), CPU
+            )
+            assert sorted({frame for _, frame, _ in propagated.where}) == expected
+            assert {row["source"] for row in rows} - {""} == {"ED" if withheld == case.es else "ES"}
+        spans = propagation.intervals(known, "all")
+        assert sorted(f for *_, frames in spans for f in frames) == sorted({0, 2, 3, 5, withheld})
 
 
 def test_a_slice_without_a_label_at_ed_is_unlabelled_and_never_background(swinging, capsys):

@@ -166,7 +166,7 @@ def test_the_choice_is_printed_with_its_size(cache, monkeypatch, capsys, place):
 
 def drawn_slices(slices):
     """{(row, label)} of many draws."""
-    images, labels = zip(*(slices.draw(64, 0, step) for step in range(6)))
+    images, labels, _ = zip(*(slices.draw(64, 0, step) for step in range(6)))
     images, labels = torch.cat(images)[:, 0, 0, 0].int(), torch.cat(labels)[:, 0, 0].int()
     return set(zip(images.tolist(), labels.tolist()))
 

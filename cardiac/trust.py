@@ -1,0 +1,107 @@
+"""How far propagated labels may be trusted: fusion of ED's and ES's, a trust for every pixel, checks of every
+slice.
+
+Both ends of an interval have an expert label. Carried to a frame between, the two are guesses that know
+little of each other: where they agree they are right, where not, nobody knows. An image that does not fit
+after warping, and a way there and back that misses, tell the rest. Two fields that do nothing would agree as
+well; there the image does not fit.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from cardiac import LABELS
+
+RESIDUAL = 0.15  # image difference, of the case's intensity window, at which reliability is down to 1/e
+CYCLE_MM = 3.0  # distance by which the way there and back misses, with the same effect
+FOLDING_PERCENT = 0.5  # of the pixels near the heart: more, and a slice is dropped
+OPEN_SHARE = 0.05  # of the LV's border that may touch what is not myocardium and still count as enclosed
+WALL_CHANGE, LV_CHANGE = 0.15, 0.15  # of the area: off its interpolation, off its neighbours in time
+LEAST_MM2 = 40.0  # areas differ by that much without being wrong
+
+
+def fuse(carried, nearness):
+    """The labels that one or two expert phases give to the frames between, and their trust.
+
+    carried: {phase: `propagation.Carried`}; nearness: {phase: (F,)} from 1 at that phase to 0 at the other.
+    Returns regions (F, Z, 3, S, S), trust (F, Z, S, S) in [0, 1] and sources, {phase: (F, Z) bool}: the
+    phases that a slice has its label from. One that only one of two known phases shows, out of which the base
+    moves at an unknown time, has it in the nearer half, and less trust the later.
+    """
+    sources = {phase: each.present.expand(len(each.regions), -1) for phase, each in carried.items()}
+    if len(carried) == 2:
+        one, other = sources
+        sources = {
+            phase: sources[phase] & (sources[rest] | (nearness[phase] >= 0.5)[:, None])
+            for phase, rest in ((one, other), (other, one))
+        }
+    weights, reliability = {}, {}
+    for phase, each in carried.items():
+        reliability[phase] = torch.exp(-each.residual / RESIDUAL - each.cycle / CYCLE_MM)
+        near = (sources[phase] * nearness[phase][:, None].clamp(min=0.01))[..., None, None]
+        weights[phase] = near * reliability[phase].clamp(min=1e-6)
+    total = sum(weights.values()).clamp(min=1e-12)
+    regions = (
+        sum(weights[phase][:, :, None] * carried[phase].regions for phase in carried) / total[:, :, None]
+    )
+    trust = sum(weights[phase] * reliability[phase] for phase in carried) / total
+    if len(carried) == 2:
+        both = sources[one] & sources[other]
+        agreement = _overlap(carried[one].regions, carried[other].regions)
+        alone = sum(sources[phase] * nearness[phase][:, None] for phase in carried)  # that the base is there
+        trust = trust * torch.where(both[..., None, None], agreement, alone[..., None, None])
+    return regions, trust, sources
+
+
+def _overlap(first, second):
+    """What two distributions over background and regions (..., 3, S, S) share: 1 where they agree."""
+    shared = torch.minimum(first, second).sum(-3)
+    return shared + torch.minimum(1 - first.sum(-3), 1 - second.sum(-3)).clamp(min=0)
+
+
+def local_mean(images, width=5):
+    """Mean of images (B, S, S) over a width x width box."""
+    return F.avg_pool2d(images[:, None], width, 1, width // 2, count_include_pad=False)[:, 0]
+
+
+def areas(labels, region, pixel_mm2):
+    """Area (...) in mm2 of a region in labels (..., S, S)."""
+    return (labels == LABELS[region]).sum((-2, -1)) * pixel_mm2
+
+
+def enclosed(labels):
+    """Whether LV in labels (..., S, S) touches next to nothing but myocardium; False where there is none."""
+    lv, wall = (labels == LABELS[name] for name in ("LV", "MYO"))
+    border = torch.zeros(labels.shape[:-2], device=labels.device)
+    opened = torch.zeros_like(border)
+    for axis, shift in ((-1, 1), (-1, -1), (-2, 1), (-2, -1)):
+        beside = lv.roll(shift, axis) & ~lv  # hearts do not reach the edge of a slice
+        border += beside.sum((-2, -1))
+        opened += (beside & ~wall).sum((-2, -1))
+    return (border > 0) & (opened <= OPEN_SHARE * border)
+
+
+def faults(labels, ends, elapsed, folding, pixel_mm2):
+    """What is wrong with the labels (F, Z, S, S) of successive frames of an interval: a (F, Z) list of texts.
+
+    ends: the expert labels (Z, S, S) of the interval's start and end, None where they are not known; elapsed:
+    (F,) share of it that has passed; folding: (F, Z) percent. "" where nothing is.
+    """
+    known = [end for end in ends if end is not None]
+    found = {"folding": folding > FOLDING_PERCENT}
+    found["LV open"] = torch.stack([enclosed(end) for end in known]).all(0) & ~enclosed(labels)
+    if len(known) == 2:
+        start, end = (areas(each, "MYO", pixel_mm2) for each in ends)
+        expected = torch.lerp(start.float(), end.float(), elapsed[:, None])
+        off = (areas(labels, "MYO", pixel_mm2) - expected).abs() > WALL_CHANGE * expected + LEAST_MM2
+        found["wall area"] = off & (start > 0) & (end > 0)
+        there = torch.cat([ends[0][None], labels, ends[1][None]])
+        cavity = areas(there, "LV", pixel_mm2).float()
+        middle = (cavity[:-2] + cavity[2:]) / 2
+        jumps = (cavity[1:-1] - middle).abs() > LV_CHANGE * cavity.amax(0) + LEAST_MM2
+        found["LV area jumps"] = jumps & (start > 0) & (end > 0)
+    named = [(name, each.tolist()) for name, each in found.items()]
+    return [
+        ["; ".join(name for name, each in named if each[f][z]) for z in range(labels.shape[1])]
+        for f in range(len(labels))
+    ]
