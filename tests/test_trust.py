@@ -1,0 +1,114 @@
+"""Trust: high where both phases agree and the image fits, low where not; and what makes a slice a fault."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cardiac import trust
+
+SIDE = 40
+GRID = torch.stack(torch.meshgrid(*[torch.arange(float(SIDE))] * 2, indexing="ij"))
+
+
+def ring(inner=6.0, outer=10.0, centre=(20.0, 20.0)):
+    """Labels (S, S): an LV of radius `inner` in a myocardium up to `outer`."""
+    r = (GRID - torch.tensor(centre).view(2, 1, 1)).norm(dim=0)
+    return torch.where(r < inner, 1, torch.where(r < outer, 2, 0)).to(torch.uint8)
+
+
+def carried(labels, residual=0.0, cycle=0.0, present=(True,)):
+    """What `carry` would give of labels (F, Z, S, S)."""
+    regions = torch.stack([labels == k for k in (1, 2, 3)], 2).float()
+    flat = torch.ones(labels.shape)
+    return SimpleNamespace(
+        regions=regions, residual=residual * flat, cycle=cycle * flat, present=torch.tensor(present)
+    )
+
+
+def fuse(ed, es, elapsed):
+    elapsed = torch.tensor(elapsed)
+    return trust.fuse({"ED": ed, "ES": es}, {"ED": 1 - elapsed, "ES": elapsed})
+
+
+def frames(*labels):
+    """Labels (F, 1, S, S) of one slice."""
+    return torch.stack(labels)[:, None]
+
+
+def test_two_phases_that_agree_are_trusted_and_where_they_do_not_the_nearer_one_decides():
+    small, large = ring(6), ring(8)
+    regions, certainty, sources = fuse(carried(frames(small)), carried(frames(small)), [0.5])
+    assert torch.equal(regions[0, 0].argmax(0)[small == 1], torch.zeros(int((small == 1).sum())).long())
+    assert torch.allclose(certainty, torch.ones_like(certainty))
+    assert sources["ED"].all()
+    assert sources["ES"].all()
+    for elapsed, nearer in ((0.2, small), (0.8, large)):
+        regions, certainty, _ = fuse(carried(frames(small)), carried(frames(large)), [elapsed])
+        assert torch.equal(regions[0, 0, 0] > 0.5, nearer == 1)
+        assert (certainty[0, 0][small != large] == 0).all()
+        assert torch.allclose(certainty[0, 0][small == large], torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("what", ["residual", "cycle"])
+def test_an_image_that_does_not_fit_and_a_way_back_that_misses_cost_trust_and_weight(what):
+    small, large = ring(6), ring(8)
+    scale = {"residual": trust.RESIDUAL, "cycle": trust.CYCLE_MM}[what]
+    bad = carried(frames(small), **{what: 3 * scale})
+    regions, _, _ = fuse(bad, carried(frames(large)), [0.5])
+    assert torch.equal(regions[0, 0, 0] > 0.5, large == 1), "the one that fits decides"
+    _, certainty, _ = fuse(bad, bad, [0.5])
+    assert torch.allclose(certainty, torch.full_like(certainty, torch.e**-3))
+
+
+def test_a_slice_that_one_phase_lacks_is_the_other_ones_in_the_nearer_half_and_trusted_less_with_time():
+    labels = frames(ring(), ring(), ring())
+    missing = carried(torch.zeros_like(labels), present=(False,))
+    _, certainty, sources = fuse(carried(labels), missing, [0.25, 0.5, 0.75])
+    assert sources["ED"][:, 0].tolist() == [True, True, False]
+    assert not sources["ES"].any()
+    assert certainty[:, 0, 0, 0].tolist() == pytest.approx([0.75, 0.5, 0])
+
+
+def test_one_known_phase_is_trusted_by_its_fit_alone():
+    labels = frames(ring(), ring())
+    nearness = {"ED": torch.tensor([0.5, 0.0])}
+    regions, certainty, sources = trust.fuse({"ED": carried(labels, residual=trust.RESIDUAL)}, nearness)
+    assert torch.allclose(regions[:, :, 0], (labels == 1).float())
+    assert torch.allclose(certainty, torch.full_like(certainty, torch.e**-1))
+    assert sources["ED"].all()
+
+
+def test_enclosed():
+    whole, opened = ring(), ring()
+    opened[20:, 20:][opened[20:, 20:] == 2] = 0  # a quarter of the wall is missing
+    assert trust.enclosed(torch.stack([whole, opened, torch.zeros_like(whole)])).tolist() == [True, False, False]
+
+
+def faults(labels, ends, folding=0.0, elapsed=None):
+    labels = frames(*labels)
+    elapsed = torch.linspace(0, 1, len(labels) + 2)[1:-1] if elapsed is None else elapsed
+    ends = [end if end is None else end[None] for end in ends]
+    return [row[0] for row in trust.faults(labels, ends, elapsed, torch.full(labels.shape[:2], folding), 2.0)]
+
+
+def test_a_heart_that_contracts_smoothly_is_without_fault():
+    # the wall keeps its area
+    steps = [ring(inner, (inner**2 + 64) ** 0.5) for inner in (9, 8, 7, 6, 5)]
+    assert faults(steps[1:-1], (steps[0], steps[-1])) == ["", "", ""]
+    assert faults(steps[1:-1], (steps[0], None)) == ["", "", ""]
+    assert faults(steps[1:-1], (steps[0], steps[-1]), folding=1.0) == ["folding"] * 3
+
+
+def test_each_fault_is_named():
+    opened = ring()
+    opened[20:, 20:][opened[20:, 20:] == 2] = 0
+    assert faults([ring(), opened, ring()], (ring(), ring()))[1] == "LV open; wall area"
+    assert faults([ring(), ring(6, 14), ring()], (ring(), ring())) == ["", "wall area", ""]
+    assert "LV area jumps" in faults([ring(), ring(9, 12), ring()], (ring(), ring()))[1]
+    assert faults([ring(), opened], (opened, opened))[1] == "", "open in the source: no fault"
+
+
+def test_areas_that_are_unknown_at_one_end_are_not_compared():
+    assert faults([ring(6, 14)], (ring(), None)) == [""]
+    assert faults([ring(6, 14)], (ring(), torch.zeros_like(ring()))) == [""]
