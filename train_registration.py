@@ -21,6 +21,8 @@ from cardiac.warp import integrate, resize_displacement, warp
 class Registration:
     """The task of the training loop: pairs of slices, the loss of VoxelMorph, validation from ED to ES."""
 
+    warp = staticmethod(warp)  # of the loss; like `transform`, what another registration may do its own way
+
     def __init__(self, settings, training, validation):
         self.settings, self.validation = settings, validation
         self.pairs = Pairs(training, settings.labelled_share)
@@ -32,12 +34,16 @@ class Registration:
         batch = self.pairs.draw(self.settings.batch_size, self.settings.seed, step)
         return augment_pairs(batch, self.settings.seed, step) if self.settings.augment else batch
 
+    def transform(self, moving, fixed):
+        """The velocity that the network gives, and the displacement (B, 2, H, W), pixels, made of it."""
+        velocity = self.network(moving, fixed)
+        return velocity, resize_displacement(integrate(velocity), fixed.shape[-2:])
+
     def losses(self, batch):
         """Image similarity + smoothness + overlap of the labels (Balakrishnan et al., 2019)."""
-        velocity = self.network(batch.moving, batch.fixed)
-        displacement = resize_displacement(integrate(velocity), batch.fixed.shape[-2:])
-        # image and labels go through one grid_sample
-        warped = warp(torch.cat([batch.moving, losses.one_hot(batch.moving_labels)], dim=1), displacement)
+        velocity, displacement = self.transform(batch.moving, batch.fixed)
+        carried = torch.cat([batch.moving, losses.one_hot(batch.moving_labels)], dim=1)
+        warped = self.warp(carried, displacement)  # image and labels go through one grid_sample
         image = self.similarity(warped[:, :1], batch.fixed)
         smooth = losses.diffusion(velocity)
         overlap = losses.overlap_loss(warped[:, 1:], losses.one_hot(batch.fixed_labels), batch.labelled)

@@ -1,0 +1,145 @@
+"""Our U-Net beside MONAI's DynUNet (nnU-Net's architecture), on the expert labels of one dataset.
+
+    pip install monai
+    python experiments/dynunet.py --data DATA --out experiments/runs/dynunet
+
+Three models of each seed: the paper's U-Net under the `paper` and under the `strong` recipe, and DynUNet in
+the latter's place: same split, augmentation, loss, running average, steps, best checkpoint by Validation.
+All go through `cardiac.training.fit` and are scored as `evaluate.py` does, in 3-D on each case's own grid.
+Finished runs are in OUT/cases.csv and are not run again; a stopped one goes on from where it was. Ends with
+the Dice on Testing and paired differences, with 95 % intervals over patients (and seeds). The minutes are
+wall time, validations included. Other flags are those of train_segmentation.py, for all three.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import interval, patient_means
+from monai.networks.nets import DynUNet
+
+from cardiac import CLASSES, REGIONS, evaluation
+from cardiac.cache import open_cache
+from cardiac.evaluation import aligned
+from cardiac.files import read_csv, write_csv
+from cardiac.run import choose_device, run_folder
+from cardiac.settings import EvaluationSettings, SegmentationSettings, parse
+from cardiac.slices import LabelledSlices, SliceStore
+from cardiac.training import fit, load_network
+from train_segmentation import Segmentation
+
+COLUMNS = ("seed", "parameters", "training_seconds", *evaluation.CASES)
+
+
+class DynUNetSegmentation(Segmentation):
+    """The same task with nnU-Net's 2-D architecture: strided convolutions, instance norm, leaky ReLU."""
+
+    def __init__(self, settings, slices, validation):
+        super().__init__(settings, slices, validation)
+        torch.manual_seed(settings.seed)
+        strides = (1, 2, 2, 2, 2)  # as deep as ours: sides that are multiples of 16 need no padding
+        self.network = DynUNet(
+            spatial_dims=2,
+            in_channels=1,
+            out_channels=CLASSES,
+            kernel_size=[3] * len(strides),
+            strides=strides,
+            upsample_kernel_size=strides[1:],
+            filters=[settings.channels * 2**level for level in range(len(strides))],
+        )
+
+
+MODELS = {  # name: (recipe, task)
+    "U-Net, paper": ("paper", Segmentation),
+    "U-Net, strong": ("strong", Segmentation),
+    "DynUNet, strong": ("strong", DynUNetSegmentation),
+}
+
+
+def run(model, seed, words, others):
+    """Train and score one model: rows of OUT/cases.csv."""
+    recipe, task_class = MODELS[model]
+    place = words.out / f"seed{seed}" / model.replace(", ", "-")
+    # a cache a recipe: they cut the slices in different places
+    common = ["--data", str(words.data), "--out", str(place), "--cache", str(words.out / f"cache-{recipe}")]
+    grid = ["--size", str(words.size), "--spacing", str(words.spacing), "--channels", str(words.channels)]
+    budget = ["--max-steps", str(words.steps), "--steps-per-epoch", str(words.steps_per_epoch)]
+    chosen = ["--recipe", recipe, "--labels", "original", "--seed", str(seed)]
+    typed = [*common, *grid, *budget, *chosen, *others]
+    settings = parse(SegmentationSettings, typed, None, own=("segmentation/original",))
+    device, cache = choose_device(settings.device), open_cache(settings)
+    training, validation, unseen = cache.training_and_validation(seed)
+    store = SliceStore(cache, [case for case in training if case.labelled], device, "training")
+    with run_folder(settings, "segmentation/original", cache.cases) as folder:
+        task = task_class(settings, LabelledSlices(store), SliceStore(cache, validation + unseen, device))
+        print(f"{model}, seed {seed}: {settings.total_steps} steps of {settings.batch_size}")
+        fit(task, settings, folder, device)
+        load_network(task.network, folder / "best.pt", device)
+        seconds = float(read_csv(folder / "log.csv")[-1]["seconds"])
+    cases = [case for case in cache.split("Testing") if case.labelled]
+    how = EvaluationSettings(data=words.data, out=place, workers=settings.workers)
+    scored = evaluation.score_model(model, task.network, cache, cases, how, device, place / "predictions")
+    parameters = sum(each.numel() for each in task.network.parameters())
+    start = {"seed": seed, "parameters": parameters, "training_seconds": seconds}
+    return [{**start, **row} for row, _ in scored]
+
+
+def by_seed(rows, model, region):
+    """Mean Dice of each seed and patient, of one region or of all (None): (seeds, patients)."""
+    means = patient_means(rows, lambda row: row["model"] == model and region in (None, row["region"]))
+    seeds, cases = (sorted(set(names)) for names in zip(*means))
+    return np.array([[means.get((seed, case), np.nan) for case in cases] for seed in seeds])
+
+
+def with_interval(values, form):
+    """A mean and its interval in words, of values (seeds, patients)."""
+    mean, low, high = (format(value, form) for value in interval(values))
+    return f"{mean} [{low}, {high}]"
+
+
+def print_results(rows):
+    """Dice on Testing by region and in all, and the paired differences."""
+    seeds, cases = ({row[name] for row in rows} for name in ("seed", "case"))
+    print(f"\nDice on Testing, {len(cases)} patients, {len(seeds)} seed(s); [95 % interval]\n")
+    lines = [["model", *REGIONS, "mean", "parameters", "training minutes"]]
+    for model in MODELS:
+        own = [row for row in rows if row["model"] == model]
+        cells = [with_interval(by_seed(rows, model, region), ".3f") for region in (*REGIONS, None)]
+        minutes = np.mean([float(row["training_seconds"]) for row in own]) / 60
+        lines.append([model, *cells, own[0]["parameters"], f"{minutes:.1f}"])
+    for better, worse in (("U-Net, strong", "DynUNet, strong"), ("U-Net, strong", "U-Net, paper")):
+        cells = [
+            with_interval(by_seed(rows, better, region) - by_seed(rows, worse, region), "+.3f")
+            for region in (*REGIONS, None)
+        ]
+        lines.append([f"{better} - {worse}", *cells, "", ""])
+    print(aligned(lines, markdown=True))
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="dataset in the layout of M&Ms or ACDC")
+    parser.add_argument("--out", type=Path, default=Path("experiments/runs/dynunet"))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--size", type=int, default=112, help="pixels")
+    parser.add_argument("--spacing", type=float, default=1.5, help="mm")
+    parser.add_argument("--channels", type=int, default=16, help="of the first level; they double")
+    parser.add_argument("--steps", type=int, default=800, help="of each network")
+    parser.add_argument("--steps-per-epoch", type=int, default=100, help="between two validations")
+    words, others = parser.parse_known_args()
+    path = words.out / "cases.csv"
+    rows = read_csv(path) if path.exists() else []
+    for seed in range(words.seeds):
+        for model in MODELS:
+            if (str(seed), model) not in {(row["seed"], row["model"]) for row in rows}:
+                rows += run(model, seed, words, others)
+                write_csv(path, COLUMNS, rows)
+                rows = read_csv(path)
+    print_results(rows)
+
+
+if __name__ == "__main__":
+    main()

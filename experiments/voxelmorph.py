@@ -1,0 +1,254 @@
+"""Our registration beside VoxelMorph 0.2, on the same batches: at equal steps, and at equal time.
+
+    pip install --no-deps voxelmorph==0.2
+    OMP_NUM_THREADS=1 python experiments/voxelmorph.py --data DATA --out experiments/runs/voxelmorph
+
+Three contestants: ours, `VxmDense` as shipped (default features, int_downsize 2), and the same with
+unet_half_res. All take the strong recipe's batches, augmentation, loss and running average of the weights,
+Adam at a constant rate without a schedule, and channels_last, which is the faster layout for each of them.
+VoxelMorph integrates, resizes and warps with its own layers.
+
+First every contestant takes every rate of --lrs for --sweep-steps steps; the one with the best Validation
+Dice goes on. They take turns of --turn steps, the next one always to whom has trained the shortest time,
+until the slowest has taken --steps: one run gives both comparisons. Time is this process's CPU time on one
+thread, which other work on the machine disturbs less than wall time; it counts the drawing of batches, not
+the scoring. Score: ED's label carried to ES against the expert's, Dice in 3-D on the cache's grid, every
+--every steps. Of each budget the best checkpoint by Validation is the one whose Testing is shown.
+
+Stopped, the same command goes on from the last scoring. Other flags are those of train_registration.py.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import inspect
+import sys
+import time
+import types
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.ndimage import distance_transform_edt
+
+from cardiac import LABELS, REGIONS
+from cardiac.cache import most_likely, open_cache
+from cardiac.evaluation import aligned
+from cardiac.files import write_csv
+from cardiac.losses import one_hot
+from cardiac.metrics import dice
+from cardiac.propagation import NEAR_HEART_MM
+from cardiac.run import run_folder
+from cardiac.settings import RegistrationSettings, parse
+from cardiac.slices import SliceStore
+from cardiac.training import WeightAverage, write_checkpoint
+from cardiac.warp import jacobian_determinant
+from train_registration import Registration
+
+COLUMNS = ("contestant", "lr", "step", "cpu_seconds", "split", *REGIONS, "mean", "folding_percent")
+
+
+def voxelmorph_networks():
+    """VoxelMorph's `torch.networks` without the package's __init__, which wants neurite and TensorFlow."""
+    try:
+        installed = importlib.metadata.distribution("voxelmorph")
+    except importlib.metadata.PackageNotFoundError:
+        raise SystemExit("pip install --no-deps voxelmorph==0.2") from None
+    package = types.ModuleType("voxelmorph")
+    package.__path__ = [str(installed.locate_file("voxelmorph"))]
+    # as in its py/utils.py: encoder, decoder
+    package.default_unet_features = lambda: [[16, 32, 32, 32], [32, 32, 32, 32, 32, 16, 16]]
+    sys.modules["voxelmorph"] = package
+    if not hasattr(inspect, "getargspec"):  # gone since Python 3.11
+        inspect.getargspec = lambda function: inspect.getfullargspec(function)[:4]
+    return importlib.import_module("voxelmorph.torch.networks")
+
+
+class VoxelMorph(Registration):
+    """The same task with `VxmDense`. Its displacement, too, is in pixels, along H first, fixed to moving."""
+
+    def __init__(self, settings, training, validation, half_resolution):
+        super().__init__(settings, training, validation)
+        torch.manual_seed(settings.seed)
+        shape = (settings.size, settings.size)
+        self.network = voxelmorph_networks().VxmDense(shape, unet_half_res=half_resolution)
+
+    def transform(self, moving, fixed):
+        """What VxmDense.forward does up to its warp; it does not return velocity and displacement both."""
+        network = self.network
+        flow = network.flow(network.unet_model(torch.cat([moving, fixed], dim=1)))
+        velocity = network.resize(flow) if network.resize else flow
+        return velocity, network.fullsize(network.integrate(velocity))
+
+    def warp(self, images, displacement):
+        """Its own transformer, for images and labels at once: zeros outside, align_corners=True."""
+        return self.network.transformer(images, displacement)
+
+
+CONTESTANTS = {
+    "ours": Registration,
+    "VxmDense": lambda *arguments: VoxelMorph(*arguments, half_resolution=False),
+    "VxmDense, half resolution": lambda *arguments: VoxelMorph(*arguments, half_resolution=True),
+}
+
+
+class Entrant:
+    """A contestant at one learning rate: its training, clock and scores, from OUT where it stopped."""
+
+    def __init__(self, name, lr, settings, stores, folder):
+        self.name, self.lr, self.stores = name, lr, stores
+        self.task = CONTESTANTS[name](settings, stores["Training"], stores["Validation"])
+        network = self.task.network.to(memory_format=torch.channels_last)
+        self.parts = {
+            "network": network,
+            "optimizer": torch.optim.Adam(network.parameters(), lr=lr),
+            "average": WeightAverage(network, settings.averaging),
+        }
+        self.step, self.seconds, self.rows = 0, 0.0, []
+        self.path = folder / f"{name.replace(', ', '-').replace(' ', '-')}-{lr:g}.pt"
+        if self.path.exists():
+            state = torch.load(self.path, weights_only=True)
+            for part, holder in self.parts.items():
+                holder.load_state_dict(state[part])
+            self.step, self.seconds, self.rows = (state[key] for key in ("step", "seconds", "rows"))
+
+    def train(self, steps):
+        """So many steps more, on the clock."""
+        begun, optimizer = time.process_time(), self.parts["optimizer"]
+        self.task.network.train()
+        for _ in range(steps):
+            loss = self.task.losses(self.task.draw(self.step))["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            self.step += 1
+            self.parts["average"].update(self.step)
+        self.seconds += time.process_time() - begun
+
+    def score(self):
+        """Score the averaged weights on Validation and Testing, and save."""
+        start = {"contestant": self.name, "lr": self.lr, "step": self.step, "cpu_seconds": self.seconds}
+        self.task.network.eval()
+        with self.parts["average"].applied():
+            for split in ("Validation", "Testing"):
+                self.rows.append({**start, "split": split, **scores(self.task, self.stores[split])})
+        state = {part: holder.state_dict() for part, holder in self.parts.items()}
+        progress = {"step": self.step, "seconds": self.seconds, "rows": self.rows}
+        write_checkpoint(self.path, {**state, **progress})
+        print(f"{self.name}, lr {self.lr:g}: step {self.step}, {self.seconds / 60:.1f} CPU minutes, "
+              f"Validation {self.rows[-2]['mean']:.4f}", flush=True)  # fmt: skip
+
+    def validation(self, step):
+        """Validation Dice at a step that was scored."""
+        return next(r["mean"] for r in self.rows if r["split"] == "Validation" and r["step"] == step)
+
+
+@torch.no_grad()
+def scores(task, store):
+    """ED's label carried to ES: Dice by region and in all, mean over cases, and folding within 10 mm of both
+    labels, percent.
+    """
+    found, folding = [], []
+    for case in store.cases:
+        ed, es = (store.frame(case, frame) for frame in (case.ed, case.es))
+        source, target = (store.expert(case, frame) for frame in (case.ed, case.es))
+        _, displacement = task.transform(ed, es)
+        warped = most_likely(task.warp(one_hot(source), displacement).transpose(0, 1).numpy())
+        found.append([dice(warped == label, target.numpy() == label) for label in LABELS.values()])
+        outside = ((source == 0) & (target == 0)).numpy()
+        spacing = store.cache.spacing
+        near = distance_transform_edt(outside, sampling=(1e6, spacing, spacing)) <= NEAR_HEART_MM
+        folding.append(100 * (jacobian_determinant(displacement).numpy()[near] <= 0).mean())
+    by_region = dict(zip(REGIONS, map(float, np.nanmean(found, axis=0))))
+    return {**by_region, "mean": float(np.nanmean(found)), "folding_percent": float(np.mean(folding))}
+
+
+def take_turns(entrants, until, words, wait):
+    """Train until everyone has taken `until` steps, the next turn to whom has trained the shortest time.
+
+    wait: whether those who have taken them wait, instead of going on for the time that the others need.
+    """
+    while behind := [entrant for entrant in entrants if entrant.step < until]:
+        entrant = min(behind if wait else entrants, key=lambda each: each.seconds)
+        entrant.train(words.turn)
+        if entrant.step % words.every == 0:
+            entrant.score()
+    for entrant in entrants:
+        if entrant.rows[-1]["step"] != entrant.step:
+            entrant.score()
+
+
+def print_sweep(entrants, step):
+    """The learning rates' Validation Dice."""
+    lines = [[entrant.name, f"{entrant.lr:g}", f"{entrant.validation(step):.4f}"] for entrant in entrants]
+    title = ["contestant", "lr", f"Validation Dice at step {step}"]
+    print("\n" + aligned([title, *lines], markdown=True))
+
+
+def print_table(entrants, until=None):
+    """A row a contestant: its best checkpoint by Validation among those of the first `until` steps, or of all
+    its time.
+    """
+    title = ["contestant", "lr", "steps", "CPU minutes", "s a step", "best at step", "Validation"]
+    lines = [title + [f"Testing {name}" for name in (*REGIONS, "mean")] + ["folding %"]]
+    for entrant in entrants:
+        rows = [row for row in entrant.rows if until is None or row["step"] <= until]
+        best = max((r for r in rows if r["split"] == "Validation"), key=lambda row: row["mean"])
+        (test,) = (r for r in rows if r["split"] == "Testing" and r["step"] == best["step"])
+        steps, seconds = rows[-1]["step"], rows[-1]["cpu_seconds"]
+        lines.append([entrant.name, f"{entrant.lr:g}", str(steps), f"{seconds / 60:.1f}",
+                      f"{seconds / steps:.3f}", str(best["step"]), f"{best['mean']:.4f}",
+                      *(f"{test[name]:.4f}" for name in (*REGIONS, "mean")),
+                      f"{test['folding_percent']:.4f}"])  # fmt: skip
+    print(f"\nequal {'steps' if until else 'time'}\n\n{aligned(lines, markdown=True)}")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True, help="dataset in the layout of M&Ms or ACDC")
+    parser.add_argument("--out", type=Path, default=Path("experiments/runs/voxelmorph"))
+    parser.add_argument("--size", type=int, default=96, help="pixels")
+    parser.add_argument("--spacing", type=float, default=1.5, help="mm")
+    parser.add_argument("--lrs", type=float, nargs="+", default=[3e-4, 1e-3], help="learning rates")
+    parser.add_argument("--sweep-steps", type=int, default=600, help="of each contestant and learning rate")
+    parser.add_argument("--steps", type=int, default=3000, help="of the slowest contestant")
+    parser.add_argument("--every", type=int, default=200, help="steps between two scorings")
+    parser.add_argument("--turn", type=int, default=50, help="steps a turn")
+    words, others = parser.parse_known_args()
+    if words.every % words.turn or words.sweep_steps % words.every or words.steps % words.every:
+        parser.error("--every must be a multiple of --turn; --sweep-steps and --steps multiples of --every")
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "torch.meshgrid")  # VoxelMorph's
+
+    grid = ["--size", str(words.size), "--spacing", str(words.spacing), "--recipe", "strong"]
+    common = ["--data", words.data, "--out", str(words.out), "--cache", str(words.out / "cache")]
+    settings = parse(RegistrationSettings, [*common, *grid, *others], None, own=("contest",))
+    cache, device = open_cache(settings), torch.device("cpu")
+    training, validation, _ = cache.training_and_validation(settings.seed)
+    cases = {"Training": training, "Validation": validation, "Testing": cache.split("Testing")}
+    for split in ("Validation", "Testing"):
+        cases[split] = [case for case in cases[split] if len(case.expert) == 2]
+    stores = {split: SliceStore(cache, own, device, split) for split, own in cases.items()}
+
+    with run_folder(settings, "contest", cache.cases) as folder:
+        entrants = [
+            Entrant(name, lr, dataclasses.replace(settings, lr=lr), stores, folder)
+            for name in CONTESTANTS
+            for lr in words.lrs
+        ]
+        take_turns(entrants, words.sweep_steps, words, wait=True)
+        ranked = sorted(entrants, key=lambda each: each.validation(words.sweep_steps))
+        finalists = list({each.name: each for each in ranked}.values())  # of a name the last: its best
+        finalists.sort(key=lambda each: list(CONTESTANTS).index(each.name))
+        take_turns(finalists, words.steps, words, wait=False)
+        write_csv(folder / "scores.csv", COLUMNS, [row for entrant in entrants for row in entrant.rows])
+    print_sweep(entrants, words.sweep_steps)
+    print_table(finalists, words.steps)
+    print_table(finalists)
+
+
+if __name__ == "__main__":
+    main()
