@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cardiac import networks, propagation, report
+from cardiac import propagation, report
 from cardiac.cache import most_likely, one_hot, open_cache
 from cardiac.cases import load_labels
 from cardiac.files import write_csv
@@ -17,7 +17,6 @@ from cardiac.nifti import write_labels
 from cardiac.run import choose_device, describe, run_folder, script
 from cardiac.settings import PropagationSettings, RegistrationSettings, parse
 from cardiac.slices import SliceStore
-from cardiac.training import load_network
 from train_registration import Registration
 
 COLUMNS = ("case", "vendor", "frame", "slice", "source", "confidence", "folding_percent", "kept")
@@ -27,9 +26,7 @@ COLUMNS = ("case", "vendor", "frame", "slice", "source", "confidence", "folding_
 def main(argv):
     settings = parse(PropagationSettings, argv, __doc__, own=("propagation",), earlier=("registration",))
     device = choose_device(settings.device)
-    network = networks.RegistrationNetwork()
-    weights = settings.out / "registration" / "best.pt"
-    trained = load_network(network, weights, device)
+    network, trained = propagation.load_registration(settings.out, device)
     cache = open_cache(settings)
     cases = [case for case in cache.split("Training") if case.labelled]
     # of the weights alone: the file has the run's clock in it too

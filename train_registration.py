@@ -27,28 +27,34 @@ class Registration:
         self.settings, self.validation = settings, validation
         self.pairs = Pairs(training, settings.labelled_share)
         torch.manual_seed(settings.seed)
-        self.network = networks.RegistrationNetwork()
+        self.network = networks.RegistrationNetwork(settings.guided)
 
     def draw(self, step):
         """The pairs of slices of step `step`: a `PairBatch`."""
         batch = self.pairs.draw(self.settings.batch_size, self.settings.seed, step)
         return augment_pairs(batch, self.settings.seed, step) if self.settings.augment else batch
 
-    def transform(self, moving, fixed):
+    def transform(self, moving, fixed, regions):
         """The velocity that the network gives, and the displacement (B, 2, H, W), pixels, made of it."""
-        velocity = self.network(moving, fixed)
+        velocity = self.network(moving, fixed, regions)
         return velocity, resize_displacement(integrate(velocity), fixed.shape[-2:])
 
     def losses(self, batch):
         """Image similarity + smoothness + overlap of the labels (Balakrishnan et al., 2019)."""
-        velocity, displacement = self.transform(batch.moving, batch.fixed)
-        carried = torch.cat([batch.moving, losses.one_hot(batch.moving_labels)], dim=1)
-        warped = self.warp(carried, displacement)  # image and labels go through one grid_sample
-        image = self.similarity(warped[:, :1], batch.fixed)
-        smooth = losses.diffusion(velocity)
-        overlap = losses.overlap_loss(warped[:, 1:], losses.one_hot(batch.fixed_labels), batch.labelled)
-        loss = image + self.settings.smoothness * smooth + self.settings.dice_weight * overlap
-        return {"loss": loss, "image": image, "smooth": smooth, "overlap": overlap}
+        regions, target = losses.one_hot(batch.moving_labels), losses.one_hot(batch.fixed_labels)
+        velocity, displacement = self.transform(batch.moving, batch.fixed, regions)
+        # image and labels go through one grid_sample
+        warped = self.warp(torch.cat([batch.moving, regions], dim=1), displacement)
+        terms = {
+            "image": self.similarity(warped[:, :1], batch.fixed),
+            "smooth": losses.diffusion(velocity),
+            "overlap": losses.overlap_loss(warped[:, 1:], target, batch.labelled),
+        }
+        weights = [1, self.settings.smoothness, self.settings.dice_weight]
+        if self.settings.difference_weight:
+            terms["difference"] = losses.difference_loss(warped[:, 1:], target, batch.labelled)
+            weights.append(self.settings.difference_weight)
+        return {"loss": sum(weight * term for weight, term in zip(weights, terms.values())), **terms}
 
     def similarity(self, warped, fixed):
         """The image term: mean squared error, or local normalised cross-correlation."""
@@ -61,11 +67,11 @@ class Registration:
         store, images, scores = self.validation, [], []
         for case in store.cases:
             ed, es = (store.frame(case, frame) for frame in (case.ed, case.es))
-            displacement = networks.register(self.network, ed, es)
+            labels, target = (store.known(case, frame) for frame in (case.ed, case.es))
+            displacement = networks.register(self.network, ed, es, labels)
             images.append(self.similarity(warp(ed, displacement), es))
             if len(case.expert) < 2:
                 continue
-            labels, target = (store.expert(case, frame) for frame in (case.ed, case.es))
             warped = propagation.warp_labels(labels, displacement).cpu().numpy()
             target = target.cpu().numpy()
             scores += [dice(warped == label, target == label) for label in range(1, 1 + len(REGIONS))]

@@ -22,7 +22,6 @@ from cardiac.metrics import dice
 from cardiac.run import choose_device, script
 from cardiac.settings import PropagationSettings, parse
 from cardiac.slices import SliceStore
-from cardiac.training import load_network
 
 GRID = "--size 96 --spacing 2"  # 192 mm: the phantom's field of view
 STEPS = (
@@ -88,8 +87,7 @@ def score_against_truth(settings):
     """
     cache, device = open_cache(settings), choose_device(settings.device)
     propagated = propagation.Propagated.read(settings.out / "propagation" / "labels.h5")
-    network = networks.RegistrationNetwork()
-    load_network(network, settings.out / "registration" / "best.pt", device)
+    network, _ = propagation.load_registration(settings.out, device)
     rows = []
     for case in [case for case in cache.split("Training") if case.labelled]:
         frames = propagated.of(case)
@@ -98,9 +96,9 @@ def score_against_truth(settings):
         moved = np.asarray(nib.load(cache.root / "truth" / f"{case.code}_displacement.nii.gz").dataobj)
         store = SliceStore(cache, [case], device)
         (local,) = store.cases
-        ed = store.frame(local, case.ed)
+        ed, expert = store.frame(local, case.ed), store.expert(local, case.ed)
         for frame in frames:
-            found = networks.register(network, ed, store.frame(local, frame))
+            found = networks.register(network, ed, store.frame(local, frame), expert)
             found = propagation.own_grid_displacement(found, case.grid(cache)).cpu().numpy()
             found = found.transpose(2, 3, 0, 1) * np.array(case.spacing[:2])  # (X, Y, Z, 2), mm
             kept = (frames[frame] <= max(LABELS.values())).any((1, 2))  # propagated slices

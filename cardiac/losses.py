@@ -65,6 +65,17 @@ def overlap_loss(warped, fixed, labelled):
     return ((1 - dice) * counted).sum() / counted.sum().clamp(min=1)
 
 
+def difference_loss(warped, fixed, labelled):
+    """Mean squared difference of warped regions and those of the fixed slice, both (B, 3, H, W); labelled:
+    (B,) bool.
+
+    Over samples with two expert labels. Unlike `overlap_loss` it counts every pixel alike, and a region that
+    the fixed slice lacks, which the base has left, shrinks as far as a diffeomorphism can.
+    """
+    difference = (warped - fixed).square().mean((1, 2, 3))
+    return (difference * labelled).sum() / labelled.sum().clamp(min=1)
+
+
 def cross_entropy(logits, labels, trust=None):
     """Mean cross-entropy of logits (B, 4, H, W) and labels (B, H, W) over the pixels that are not IGNORED.
 

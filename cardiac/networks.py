@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cardiac import CLASSES
+from cardiac.losses import one_hot
 from cardiac.warp import integrate, resize_displacement
 
 
@@ -18,12 +19,16 @@ class RegistrationNetwork(nn.Module):
     Encoder, decoder and last convolutions of VoxelMorph (Balakrishnan et al., 2019): a 3x3 convolution and
     LeakyReLU 0.2 a level, max-pool down, nearest up, concatenated skips. The decoder stops at half
     resolution, where the last convolutions and the integration cost a quarter.
+
+    guided: the moving slice's labels, known wherever labels are to be carried, are an input too: what is left
+    to find is where its outlines lie in the fixed slice.
     """
 
-    def __init__(self, encoder=(16, 32, 32, 32), decoder=(32, 32, 32, 32), last=(32, 16, 16)):
+    def __init__(self, guided=False, encoder=(16, 32, 32, 32), decoder=(32, 32, 32, 32), last=(32, 16, 16)):
         super().__init__()
+        self.guided = guided
         self.encoder = nn.ModuleList()
-        channels = 2
+        channels = 1 + CLASSES if guided else 2
         for width in encoder:
             self.encoder.append(_convolution(channels, width))
             channels = width
@@ -41,11 +46,12 @@ class RegistrationNetwork(nn.Module):
         nn.init.normal_(self.velocity.weight, std=1e-5)  # training starts from the identity
         nn.init.zeros_(self.velocity.bias)
 
-    def forward(self, moving, fixed):
-        """moving, fixed: (B, 1, H, W). Returns the velocity (B, 2, H/2, W/2), float32, in half-resolution
-        pixels.
+    def forward(self, moving, fixed, regions):
+        """moving, fixed: (B, 1, H, W); regions: (B, 3, H, W) LV, MYO and RV of `moving`, 0 where not known.
+
+        Returns the velocity (B, 2, H/2, W/2), float32, in half-resolution pixels.
         """
-        x = torch.cat([moving, fixed], dim=1)
+        x = torch.cat([moving, fixed, regions] if self.guided else [moving, fixed], dim=1)
         skips = []
         for level in self.encoder:
             x = level(x)
@@ -109,14 +115,16 @@ def _double_convolution(before, after):
 
 
 @torch.no_grad()
-def register(network, moving, fixed, batch_size=64):
+def register(network, moving, fixed, labels, batch_size=64):
     """The displacements (B, 2, H, W), pixels, that carry `moving` onto `fixed`, both (B, 1, H, W), in
     batches.
+
+    labels: (B, H, W) of `moving`, IGNORED where they are not known, for a network that is guided by them.
     """
     parts = []
-    for pair in zip(moving.split(batch_size), fixed.split(batch_size)):
+    for slices in zip(*(each.split(batch_size) for each in (moving, fixed, one_hot(labels)))):
         with torch.autocast(moving.device.type, torch.bfloat16, enabled=moving.is_cuda):
-            velocity = network(*(image.contiguous(memory_format=torch.channels_last) for image in pair))
+            velocity = network(*(each.contiguous(memory_format=torch.channels_last) for each in slices))
         parts.append(resize_displacement(integrate(velocity), moving.shape[-2:]))
     return torch.cat(parts)
 

@@ -9,15 +9,24 @@ from scipy.ndimage import distance_transform_edt
 
 from cardiac import LABELS, REGIONS, trust
 from cardiac.cases import load_labels
-from cardiac.files import InputError, hdf5_dataset, writing_hdf5
+from cardiac.files import InputError, hdf5_dataset, read_json, writing_hdf5
 from cardiac.losses import IGNORED, one_hot
 from cardiac.metrics import dice, score_case
-from cardiac.networks import register
+from cardiac.networks import RegistrationNetwork, register
 from cardiac.slices import SliceStore
+from cardiac.training import load_network
 from cardiac.warp import compose, jacobian_determinant, warp
 from cardiac.workers import worker_pool
 
 NEAR_HEART_MM = 10  # folding counts within this distance of the labels, not over the whole image
+
+
+def load_registration(out, device):
+    """The trained registration network of the run in `out`, ready for inference, and its `Progress`."""
+    folder = out / "registration"
+    trained = read_json(folder / "config.json") if (folder / "best.pt").exists() else {}
+    network = RegistrationNetwork(trained.get("settings", {}).get("guided", False))
+    return network, load_network(network, folder / "best.pt", device)
 
 
 def frames_between(start, end, frames):
@@ -128,7 +137,7 @@ def carried_to_es(network, store):
     (case,) = store.cases
     ed, es = (store.frame(case, frame) for frame in (case.ed, case.es))
     source, target = (store.expert(case, frame) for frame in (case.ed, case.es))
-    warped = warp_labels(source, register(network, ed, es))
+    warped = warp_labels(source, register(network, ed, es, source))
     target = target.cpu().numpy()
     return [
         float(np.nanmean([dice(labels.cpu().numpy() == label, target == label) for label in LABELS.values()]))
@@ -159,17 +168,18 @@ def carry(network, store, source, frames):
     labels = store.expert(case, source).repeat(count, 1, 1)
     fixed = store.images(torch.from_numpy(np.concatenate([case.rows(frame) for frame in frames])))
 
-    forth, back = register(network, moving, fixed), register(network, fixed, moving)
-    origin = one_hot(labels)
+    forth, origin = register(network, moving, fixed, labels), one_hot(labels)
     warped = warp(torch.cat([moving, origin], 1), forth)
     regions, residual = warped[:, 1:], trust.local_mean((warped[:, 0] - fixed[:, 0]).abs())
-    cycled = one_hot(warp_labels(harden(regions), back))
+    carried = harden(regions)
+    back = register(network, fixed, moving, carried)
+    cycled = one_hot(warp_labels(carried, back))
     cycle = compose(back, forth).norm(dim=1) * store.cache.spacing
     shown = origin.sum((-2, -1))
     agreement = 2 * (cycled * origin).sum((-2, -1)) / (shown + cycled.sum((-2, -1))).clamp(min=1)
     confidence = (agreement * (shown > 0)).sum(1) / (shown > 0).sum(1)  # 0 / 0 is NaN: no label
 
-    near = _dilate((labels > 0) | (harden(regions) > 0), NEAR_HEART_MM / store.cache.spacing)
+    near = _dilate((labels > 0) | (carried > 0), NEAR_HEART_MM / store.cache.spacing)
     folded = (jacobian_determinant(forth) <= 0) & near
     folding = 100 * folded.sum((-2, -1)) / near.sum((-2, -1))
     folding = torch.where((shown > 0).any(1), folding, torch.nan)
@@ -262,7 +272,8 @@ def _to_own_grid(network, cache, case, device):
     """ED's and ES's labels, ED's warped, all (X, Y, Z), spacing, Jacobian determinant (Z, X, Y)."""
     store = SliceStore(cache, [case], device, None)
     ed, es = (store.images(torch.from_numpy(store.cases[0].rows(frame))) for frame in (case.ed, case.es))
-    displacement = own_grid_displacement(register(network, ed, es), case.grid(cache))
+    known = store.known(store.cases[0], case.ed)
+    displacement = own_grid_displacement(register(network, ed, es, known), case.grid(cache))
     labels = load_labels(case)
     source = torch.from_numpy(labels[case.ed].transpose(2, 0, 1).copy()).to(device)
     warped = warp_labels(source, displacement).cpu().numpy().transpose(1, 2, 0)

@@ -72,7 +72,8 @@ class Settings:
                 f"--size {self.size}: the networks halve it four times; take {down} or {down + 16}"
             )
         limits = dict.fromkeys(
-            ("seed", "workers", "patience", "refine", "smoothness", "dice_weight"), float("inf")
+            ("seed", "workers", "patience", "refine", "smoothness", "dice_weight", "difference_weight"),
+            float("inf"),
         )
         for name, largest in {**limits, "averaging": 1, "labelled_share": 1, "expert_share": 1}.items():
             value = getattr(self, name, 0)
@@ -113,6 +114,8 @@ class RegistrationSettings(TrainingSettings):
     similarity: str = setting("mse", "image term of the loss", choices=("mse", "ncc"))
     smoothness: float = setting(0.01, "weight of the velocity's diffusion (1.0 goes with ncc)")
     dice_weight: float = setting(0.05, "weight of the labels' overlap where both slices have expert labels")
+    difference_weight: float = setting(0.0, "weight of the labels' squared difference, in the same slices")
+    guided: bool = setting(False, "the labels of the moving slice, where known, are an input of the network")
     labelled_share: float = setting(0.5, "share of pairs drawn as ED and ES where both have expert labels")
 
 

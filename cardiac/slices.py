@@ -72,6 +72,12 @@ class SliceStore:
         """The expert labels of ED or ES of one of this store's cases: (Z, S, S) uint8 on the device."""
         return self.labels[torch.from_numpy(case.label_rows(frame)).to(self.device)]
 
+    def known(self, case, frame):
+        """`expert`, or IGNORED throughout in a frame without expert labels that are known."""
+        if frame in case.expert:
+            return self.expert(case, frame)
+        return self.labels[-1:].expand(case.slices, -1, -1)
+
     def _from_file(self, rows):
         if self._file is None:  # opened by the process that reads, never handed to another
             self._file = h5py.File(self.cache.path)["images"]

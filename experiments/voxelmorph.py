@@ -74,7 +74,7 @@ class VoxelMorph(Registration):
         shape = (settings.size, settings.size)
         self.network = voxelmorph_networks().VxmDense(shape, unet_half_res=half_resolution)
 
-    def transform(self, moving, fixed):
+    def transform(self, moving, fixed, regions):
         """What VxmDense.forward does up to its warp; it does not return velocity and displacement both."""
         network = self.network
         flow = network.flow(network.unet_model(torch.cat([moving, fixed], dim=1)))

@@ -4,13 +4,16 @@ import pytest
 import torch
 from torch import nn
 
+from cardiac.losses import one_hot
 from cardiac.networks import RegistrationNetwork, SegmentationNetwork, register, segment
 from cardiac.warp import integrate, resize_displacement
 
 
 def pair(*size):
+    """Moving and fixed slices, and labels of the moving ones, as regions."""
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(2, 1, *size, generator=generator), torch.rand(2, 1, *size, generator=generator)
+    images = [torch.rand(2, 1, *size, generator=generator) for _ in range(2)]
+    return *images, one_hot(torch.randint(4, (2, *size), generator=generator))
 
 
 def convolutions(module):
@@ -19,10 +22,10 @@ def convolutions(module):
 
 @pytest.mark.parametrize("size", [(16, 16), (32, 48), (112, 112), (96, 64)])
 def test_shapes_at_every_multiple_of_16(size):
-    moving, fixed = pair(*size)
+    moving, fixed, regions = pair(*size)
     network = RegistrationNetwork()
-    assert network(moving, fixed).shape == (2, 2, size[0] // 2, size[1] // 2)
-    assert register(network, moving, fixed).shape == (2, 2, *size)
+    assert network(moving, fixed, regions).shape == (2, 2, size[0] // 2, size[1] // 2)
+    assert register(network, moving, fixed, regions[:, 0].byte()).shape == (2, 2, *size)
     segmentation = SegmentationNetwork(2)
     assert segmentation(moving).shape == (2, 4, *size)
     assert segment(segmentation.eval(), moving).shape == (2, 4, *size)
@@ -68,8 +71,8 @@ def test_segmentation_scales_with_its_first_level(channels):
 
 def test_training_starts_from_the_identity():
     torch.manual_seed(0)
-    network, (moving, fixed) = RegistrationNetwork(), pair(32, 32)
-    velocity = network(moving, fixed)
+    network, (moving, fixed, regions) = RegistrationNetwork(), pair(32, 32)
+    velocity = network(moving, fixed, regions)
     assert 0 < velocity.abs().max() < 1e-3
     assert not network.velocity.bias.any()
     assert network.velocity.weight.std().item() == pytest.approx(1e-5, rel=0.2)
@@ -79,10 +82,10 @@ def test_training_starts_from_the_identity():
 
 def test_velocity_is_computed_in_float32_under_autocast():
     torch.manual_seed(0)
-    network, (moving, fixed) = RegistrationNetwork(), pair(32, 32)
+    network, (moving, fixed, regions) = RegistrationNetwork(), pair(32, 32)
     nn.init.normal_(network.velocity.weight, std=0.3)
     with torch.autocast("cpu", torch.bfloat16):
-        velocity = network(moving, fixed)
+        velocity = network(moving, fixed, regions)
     assert velocity.dtype == torch.float32
     rounded = velocity.bfloat16().float()
     assert (velocity != rounded).float().mean() > 0.5, "the last convolution itself ran in bfloat16"
@@ -92,8 +95,17 @@ def test_velocity_is_computed_in_float32_under_autocast():
 
 def test_swapping_the_slices_changes_the_velocity():
     torch.manual_seed(0)
-    network, (moving, fixed) = RegistrationNetwork(), pair(32, 32)
-    assert not torch.allclose(network(moving, fixed), network(fixed, moving), atol=1e-9)
+    network, (moving, fixed, regions) = RegistrationNetwork(), pair(32, 32)
+    one, other = network(moving, fixed, regions), network(fixed, moving, regions)
+    assert not torch.allclose(one, other, atol=1e-9)
+
+
+def test_only_a_guided_network_sees_the_labels():
+    for guided in (False, True):
+        torch.manual_seed(0)
+        network, (moving, fixed, regions) = RegistrationNetwork(guided), pair(32, 32)
+        with_labels, without = network(moving, fixed, regions), network(moving, fixed, 0 * regions)
+        assert torch.equal(with_labels, without) != guided
 
 
 def test_batches_do_not_change_what_inference_gives():
@@ -101,7 +113,8 @@ def test_batches_do_not_change_what_inference_gives():
     moving, fixed = torch.rand(5, 1, 32, 32), torch.rand(5, 1, 32, 32)
     registration, segmentation = RegistrationNetwork(), SegmentationNetwork(2).eval()
     nn.init.normal_(registration.velocity.weight, std=0.1)
-    whole, parts = (register(registration, moving, fixed, batch_size=n) for n in (64, 2))
+    labels = torch.zeros(5, 32, 32, dtype=torch.uint8)
+    whole, parts = (register(registration, moving, fixed, labels, batch_size=n) for n in (64, 2))
     torch.testing.assert_close(whole, parts, atol=1e-4, rtol=1e-4)
     assert not whole.requires_grad
     whole, parts = (segment(segmentation, moving, batch_size=n) for n in (64, 2))
@@ -110,7 +123,12 @@ def test_batches_do_not_change_what_inference_gives():
 
 
 def test_every_parameter_learns():
-    moving, fixed = pair(32, 32)
-    for network, images in ((RegistrationNetwork(), (moving, fixed)), (SegmentationNetwork(2), (moving,))):
-        network(*images).square().sum().backward()
+    slices = pair(32, 32)
+    guided = RegistrationNetwork(guided=True)
+    for network, inputs in (
+        (RegistrationNetwork(), slices),
+        (guided, slices),
+        (SegmentationNetwork(2), slices[:1]),
+    ):
+        network(*inputs).square().sum().backward()
         assert all(p.grad is not None and p.grad.any() for p in network.parameters() if p.dim() > 1)

@@ -48,16 +48,16 @@ def shifted(images, shift):
     return (shift / 2)[:, :, None, None].expand(-1, -1, *half)
 
 
-def follower(moving, fixed):
+def follower(moving, fixed, regions):
     """warped(x) = moving(x + u): u leads from the fixed slice to the moving one."""
     return shifted(moving, centre_of_mass(moving) - centre_of_mass(fixed))
 
 
-def standstill(moving, fixed):
+def standstill(moving, fixed, regions):
     return shifted(moving, torch.zeros(len(moving), 2))
 
 
-def drifter(moving, fixed):
+def drifter(moving, fixed, regions):
     """A field that the way back does not undo."""
     return shifted(moving, torch.tensor([[3.0, 0.0]]).repeat(len(moving), 1))
 
@@ -154,7 +154,7 @@ def test_a_field_that_does_nothing_is_fully_trusted_and_one_that_is_not_undone_i
 def test_folding_counts_near_the_heart_alone(swinging, monkeypatch, size, expected):
     displacement = torch.zeros(3, 2, SIDE, SIDE)
     displacement[:, 0, :size, :size] = -3 * torch.arange(float(size))[:, None]  # a mirror: det J = -2
-    monkeypatch.setattr(propagation, "register", lambda network, moving, fixed: displacement)
+    monkeypatch.setattr(propagation, "register", lambda network, moving, fixed, labels: displacement)
     assert carried(swinging, None, [3])[2][0, :2] == pytest.approx([expected] * 2)
 
 

@@ -82,7 +82,8 @@ def test_one_known_phase_is_trusted_by_its_fit_alone():
 def test_enclosed():
     whole, opened = ring(), ring()
     opened[20:, 20:][opened[20:, 20:] == 2] = 0  # a quarter of the wall is missing
-    assert trust.enclosed(torch.stack([whole, opened, torch.zeros_like(whole)])).tolist() == [True, False, False]
+    both = torch.stack([whole, opened, torch.zeros_like(whole)])
+    assert trust.enclosed(both).tolist() == [True, False, False]
 
 
 def faults(labels, ends, folding=0.0, elapsed=None):

@@ -1,0 +1,143 @@
+"""Propagated labels against the truth of every frame of the phantom, and what trust says of their errors.
+
+    python experiments/phantom_truth.py --out experiments/runs/truth --seeds 3
+
+For every seed and recipe, `strong` with the refinement of --refine steps too: register, propagate, and score
+every slice that lies between ED and ES on its case's own grid. Rows that are in OUT/slices.csv already are
+not made again. Ends with three tables, mean over seeds (and standard deviation): Dice in 3-D over the slices
+kept; the error (1 - Dice) of the 80 % most trusted slices beside that of the rest; Spearman's correlation of
+a slice's true Dice with its confidence, its place (distance from the middle of the labelled slices) and the
+area of its label.
+"""
+
+import argparse
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from common import call
+from scipy.stats import spearmanr
+
+import propagate_labels
+import train_registration
+from cardiac import LABELS, REGIONS, phantom
+from cardiac.cache import open_cache
+from cardiac.files import read_csv, write_csv
+from cardiac.metrics import dice
+from cardiac.propagation import Propagated
+from cardiac.settings import PropagationSettings, parse
+
+COLUMNS = ("seed", "recipe", "case", "frame", "slice", "kept", "confidence", "place", "area_mm2", "dice",
+           *(f"{kind}_{region}" for region in REGIONS for kind in ("both", "either")))  # fmt: skip
+
+
+def run(out, data, recipe, seed, words):
+    """Register and propagate; the rows of slices.csv."""
+    folder = out / f"seed{seed}" / recipe.replace(" ", "-")
+    common = ["--data", data, "--cache", out / f"cache-{recipe.split()[0]}", "--out", folder]
+    if recipe.endswith("refined"):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "registration").exists():
+            (folder / "registration").symlink_to((folder.parent / "strong" / "registration").resolve())
+        common += ["--refine", words.refine]
+    else:
+        grid = ["--size", words.size, "--spacing", words.spacing]
+        steps = ["--seed", seed, "--recipe", recipe, "--max-steps", words.steps]
+        call(train_registration, *common, *grid, *steps, *words.more)
+    call(propagate_labels, *common)
+    settings = parse(PropagationSettings, [str(word) for word in common], None, earlier=("registration",))
+    return score(folder, open_cache(settings), {"seed": seed, "recipe": recipe})
+
+
+def score(folder, cache, start):
+    """The propagated labels of a run, slice by slice, against the truth."""
+    propagated, rows = Propagated.read(folder / "propagation" / "labels.h5"), []
+    quality = {
+        (r["case"], int(r["frame"]), int(r["slice"])): r
+        for r in read_csv(folder / "propagation" / "quality.csv")
+    }
+    for case in [case for case in cache.split("Training") if case.labelled]:
+        labels = propagate_labels.on_own_grid(cache, case, propagated)
+        truth = np.asarray(nib.load(cache.root / "truth" / f"{case.code}_sa_gt_all.nii.gz").dataobj)
+        shown = np.flatnonzero(truth[..., case.ed].any((0, 1)))
+        pixel = case.spacing[0] * case.spacing[1]
+        for (code, frame, z), row in quality.items():
+            if code == case.code and row["source"]:
+                found, true = labels[..., z, frame], truth[..., z, frame]
+                pairs = {region: (found == label, true == label) for region, label in LABELS.items()}
+                line = {**start, "case": code, "frame": frame, "slice": z, "kept": row["kept"]}
+                line |= {"confidence": row["confidence"], "place": abs(z - shown.mean())}
+                line |= {"area_mm2": float((found > 0).sum() * pixel)}
+                line["dice"] = float(np.nanmean([dice(*pair) for pair in pairs.values()]))
+                for region, (one, other) in pairs.items():
+                    line[f"both_{region}"] = int((one & other).sum())
+                    line[f"either_{region}"] = int(one.sum() + other.sum())
+                rows.append(line)
+    return rows
+
+
+def volume_dice(rows):
+    """Dice in 3-D by region, mean over cases and frames, of the slices kept."""
+    sums = {}
+    for row in rows:
+        if row["kept"] == "1":
+            counts = [[int(row[f"{kind}_{region}"]) for region in REGIONS] for kind in ("both", "either")]
+            sums[row["case"], row["frame"]] = sums.get((row["case"], row["frame"]), 0) + np.array(counts)
+    both, either = np.array(list(sums.values())).transpose(1, 0, 2)
+    return (2 * both / either.clip(1)).mean(0)
+
+
+def trust_against_truth(rows):
+    """[error of the 80 % most trusted kept slices, of the rest, Spearman with confidence, place, area]."""
+    kept = [row for row in rows if row["kept"] == "1" and row["dice"]]
+    confidence, place, area, true = (
+        np.array([float(r[n]) for r in kept]) for n in ("confidence", "place", "area_mm2", "dice")
+    )
+    order = np.argsort(-confidence, kind="stable")
+    split = int(0.8 * len(order))
+    errors = [1 - true[order[:split]].mean(), 1 - true[order[split:]].mean()]
+    return [*errors, *(spearmanr(each, true).statistic for each in (confidence, -place, area))]
+
+
+def print_results(rows):
+    """The tables, a row a recipe."""
+    print("\n| recipe | slices | kept | LV | MYO | RV | mean | error of 80 % most trusted | of the rest "
+          "| Spearman: trust | place | area |\n|---" + "|---:" * 11 + "|")  # fmt: skip
+    for recipe in dict.fromkeys(row["recipe"] for row in rows):
+        lines = []
+        for seed in dict.fromkeys(row["seed"] for row in rows):
+            own = [row for row in rows if (row["recipe"], row["seed"]) == (recipe, seed)]
+            regions = volume_dice(own)
+            kept = sum(row["kept"] == "1" for row in own)
+            lines.append([len(own), kept, *regions, np.mean(regions), *trust_against_truth(own)])
+        mean, spread = np.mean(lines, 0), np.std(lines, 0)
+        cells = [f"{m:.0f}" for m in mean[:2]] + [f"{m:.3f} ({s:.3f})" for m, s in zip(mean[2:], spread[2:])]
+        print(f"| {recipe} | " + " | ".join(cells) + " |")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("experiments/runs/truth"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--size", type=int, default=112, help="pixels")
+    parser.add_argument("--spacing", type=float, default=1.4, help="mm")
+    parser.add_argument("--steps", type=int, default=1500, help="of each registration")
+    parser.add_argument("--refine", type=int, default=0, help="steps; 0: leave the refinement out")
+    words, words.more = parser.parse_known_args()
+    data, path = words.out / "phantom", words.out / "slices.csv"
+    if not (data / "phantom.json").exists():
+        phantom.write_phantom(data)
+    rows = read_csv(path) if path.exists() else []
+    for seed in range(words.seeds):
+        for recipe in ("paper", "strong", *["strong refined"] * bool(words.refine)):
+            if (str(seed), recipe) not in {(row["seed"], row["recipe"]) for row in rows}:
+                found = run(words.out, data, recipe, seed, words)
+                write_csv(path, COLUMNS, [*rows, *found])
+                rows = read_csv(path)
+    print_results(rows)
+
+
+if __name__ == "__main__":
+    main()
