@@ -110,7 +110,14 @@ class TrainingSettings(Settings):
 class RegistrationSettings(TrainingSettings):
     """`train_registration.py`."""
 
-    STRONG: ClassVar = {**Settings.STRONG, "augment": True, "averaging": 0.998}
+    STRONG: ClassVar = {
+        **Settings.STRONG,
+        "augment": True,
+        "averaging": 0.998,
+        "dice_weight": 0.5,
+        "difference_weight": 20.0,
+        "guided": True,
+    }
     similarity: str = setting("mse", "image term of the loss", choices=("mse", "ncc"))
     smoothness: float = setting(0.01, "weight of the velocity's diffusion (1.0 goes with ncc)")
     dice_weight: float = setting(0.05, "weight of the labels' overlap where both slices have expert labels")
