@@ -31,7 +31,7 @@ def replacing(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         error.filename = error.filename or str(path)  # a full disk does not say which file it was
         raise
@@ -147,7 +147,8 @@ def locked(path, busy=None, wait=False):
         yield
 
 
-def _sync_folder(folder):
+def sync_folder(folder):
+    """Bring the names in a folder to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

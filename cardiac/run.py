@@ -13,9 +13,10 @@ from concurrent.futures import BrokenExecutor
 import torch
 
 from cardiac.files import InputError, locked, read_json, write_json
+from cardiac.parts import PARTS
 
 # by --overwrite: first what tells how far a run is, last its settings
-REMOVED = {"last.pt": -1, "labels.h5": -1, "summary.json": -1, "config.json": 1}
+REMOVED = {"last.pt": -1, "labels.h5": -1, "summary.json": -1, PARTS: -1, "config.json": 1}
 
 
 class Terminated(BaseException):
@@ -146,6 +147,7 @@ def run_folder(settings, name, cases, labels=None):
                 raise InputError(f"{folder}: holds a run on {other}; choose another --out or use --overwrite")
         write_json(config, {"settings": dataclasses.asdict(settings), **made_of})
         yield folder
+        shutil.rmtree(folder / PARTS, ignore_errors=True)  # all that it is kept for is finished
 
 
 def dataset_identity(cases):

@@ -29,6 +29,7 @@ import train_segmentation
 from cardiac import cache
 from cardiac.cases import read_cases
 from cardiac.files import InputError, read_csv
+from cardiac.parts import PARTS
 from cardiac.propagation import Propagated
 from cardiac.run import script
 from cardiac.settings import Settings
@@ -87,8 +88,9 @@ def refused(capsys):
 
 
 def results(folder):
-    """Files that are not locks."""
-    return {path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock")}
+    """Files that have their final name: no locks, no parts of finished cases."""
+    found = {path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock")}
+    return {path for path in found if not path.parent.name.endswith(PARTS)}
 
 
 # -------------------------------------------------------------------------------- datasets, by every script
