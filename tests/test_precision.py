@@ -69,7 +69,7 @@ def outcome(learnt, device, mixed):
     return torch.stack(losses).detach().cpu(), gradient.cpu(), found.cpu()
 
 
-# Loss (relative), cosine of the gradients, displacement in pixels, probability. Seen with bfloat16 on the CPU,
+# Loss (relative), cosine of gradients, displacement in pixels, probability. Seen with bfloat16 on the CPU,
 # at 32 and at 96 pixels: 0.0007, 0.9976, 0.016 and 0.013.
 BOUNDS = {
     ("cpu", True): (0.003, 0.99, 0.05, 0.03),
