@@ -280,6 +280,13 @@ def test_scores_go_on_with_the_case_at_which_they_were_killed(whole, tmp_path, n
     stage.check()
 
 
+def test_workers_do_not_matter_for_the_quality_of_the_registration(whole, tmp_path):
+    stage = unfinished("registration", whole, tmp_path)
+    stage.words[stage.words.index("--workers") + 1] = "2"
+    assert stage() == 0
+    assert content(stage.folder / "quality.csv") == content(stage.whole / "registration" / "quality.csv")
+
+
 def test_scores_of_other_weights_are_not_gone_on_with(whole, tmp_path):
     """The same number of steps, the same best score; only the weights tell."""
     stage, done = unfinished("evaluation", whole, tmp_path), []
