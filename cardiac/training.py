@@ -23,6 +23,7 @@ from cardiac.run import deferred_signals
 
 READ_EVERY = 20  # steps between two looks at the losses: each look waits for the device
 SAVE_EVERY = 60  # seconds of work that a kill may cost at most
+HELP = "last.pt is older; a lower --lr may help (with --overwrite)"
 
 
 class Task(Protocol):
@@ -83,6 +84,8 @@ def fit(task, settings, folder, device, outcome="curves.png"):
 
     def save(name="last.pt"):
         meter.read()
+        if not all(weight.isfinite().all() for weight in network.parameters()):
+            raise InputError(f"the weights are not finite after step {progress.step}; {HELP}")
         state = {part: holder.state_dict() for part, holder in parts.items()}
         write_checkpoint(folder / name, {**state, "progress": dataclasses.asdict(progress)})
         meter.saved = time.perf_counter()
@@ -222,10 +225,7 @@ class Meter:
     def read(self):
         """Bring the sums to `progress`; returns the means over the running epoch. Waits for the device."""
         if math.isfinite(self.first_bad.item()):
-            raise InputError(
-                f"the loss is not finite from step {int(self.first_bad.item())} on; last.pt is older; "
-                "a lower --lr may help (with --overwrite)"
-            )
+            raise InputError(f"the loss is not finite from step {int(self.first_bad.item())} on; {HELP}")
         now = time.perf_counter()
         self.progress.seconds += now - self.clock
         self.clock = now

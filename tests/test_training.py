@@ -372,6 +372,12 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_named_and_keeps_last(tmp_
     assert without_timing(state["network"]) == without_timing(good["network"])
 
 
+def test_weights_that_are_not_finite_are_not_kept_even_where_the_loss_still_is(tmp_path):
+    with pytest.raises(InputError, match="weights are not finite after step 1;"):
+        train(tmp_path, lr=1e39, steps_per_epoch=1)
+    assert not list(tmp_path.glob("*.pt"))
+
+
 def hostile():
     class Evil:
         def __reduce__(self):
