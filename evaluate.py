@@ -11,9 +11,10 @@ from cardiac import evaluation, networks, page, predict, report
 from cardiac.cache import open_cache
 from cardiac.evaluation import MODELS
 from cardiac.files import InputError, read_json, write_csv, write_json, write_text
+from cardiac.parts import PARTS, Parts
 from cardiac.run import choose_device, dataset_identity, describe, run_folder, script
 from cardiac.settings import EvaluationSettings, parse
-from cardiac.training import Progress, load_network, read_checkpoint
+from cardiac.training import Progress, load_network, read_checkpoint, weights_digest
 
 
 @script
@@ -74,7 +75,10 @@ def score(models, cache, cases, settings, device, folder):
     for model, (network, progress) in models.items():
         print(f"{model}, {progress.step} steps: {len(cases)} cases of {settings.split} on {describe(device)}")
         predictions = folder / "predictions" / model
-        scored = evaluation.score_model(model, network, cache, cases, settings, device, predictions)
+        what = (weights_digest(network), settings.size, settings.spacing)
+        what += (settings.all_frames, settings.largest_component)
+        parts = Parts(folder / PARTS / model, what)
+        scored = evaluation.score_model(model, network, cache, cases, settings, device, predictions, parts)
         rows += tqdm(scored, model, total=6 * len(cases), unit="score")
     whole, largest = zip(*rows)
     write_csv(folder / "cases.csv", evaluation.CASES, whole)

@@ -11,10 +11,11 @@ from cardiac.augment import augment_pairs
 from cardiac.cache import open_cache
 from cardiac.files import write_csv
 from cardiac.metrics import dice
+from cardiac.parts import PARTS, Parts
 from cardiac.run import choose_device, describe, run_folder, script
 from cardiac.settings import RegistrationSettings, parse
 from cardiac.slices import Pairs, SliceStore
-from cardiac.training import fit, load_network
+from cardiac.training import fit, load_network, weights_digest
 from cardiac.warp import integrate, resize_displacement, warp
 
 
@@ -104,7 +105,8 @@ def main(argv):
         tested = [case for case in cache.split("Validation", "Testing") if case.labelled]
         if not tested:
             print("no labelled case in Validation or Testing: quality.csv stays empty")
-        rows = propagation.score_registration(task.network, cache, tested, settings, device)
+        parts = Parts(folder / PARTS, (weights_digest(task.network), settings.size, settings.spacing))
+        rows = propagation.score_registration(task.network, cache, tested, settings, device, parts)
         report.draw_curves(folder)
         report.draw_registration(folder / "example.png", task.network, task.validation)
         write_csv(folder / "quality.csv", propagation.QUALITY, rows)

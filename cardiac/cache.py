@@ -13,7 +13,7 @@ Slices keep the axes of the NIfTI array, X along H and Y along W.
 """
 
 import json
-import os
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from tqdm import tqdm
 from cardiac import CLASSES
 from cardiac.cases import Case, load_case, read_cases, refusal
 from cardiac.files import InputError, hdf5_dataset, locked, writing_hdf5
+from cardiac.parts import PARTS, Parts
 from cardiac.workers import worker_pool
 
 SCHEMA = 3
@@ -148,6 +149,10 @@ class CachedCase(Case):
         """Number of frames."""
         return self.shape[3]
 
+    def identity(self):
+        """What tells when the case or its slices have changed, as JSON."""
+        return {**super().identity(), "crop": self.crop_centre, "withheld": self.withheld}
+
     def rows(self, frame):
         """Rows of a frame's slices in `images`: (Z,)."""
         return self.first + frame * self.slices + np.arange(self.slices)
@@ -224,7 +229,9 @@ def open_cache(settings):
     cases = dataset.good(settings.skip_bad)
     path = settings.cache / f"{dataset.name}.h5"
     wanted = {name: getattr(settings, name) for name in PREPROCESSING}
-    wanted |= {"schema": SCHEMA, "sources": _fingerprint(dataset)}
+    wanted |= {"schema": SCHEMA, "sources": {}}
+    for case in dataset.cases:
+        wanted["sources"] |= case.identity()
     with locked(
         path.with_name(f".{path.name}.lock"), f"cache: waiting for another process at {path}", wait=True
     ):
@@ -232,6 +239,7 @@ def open_cache(settings):
         if reason:
             print(f"cache: building {path}: {reason}", flush=True)
             _build(path, dataset, wanted, settings)
+        shutil.rmtree(_parts(path), ignore_errors=True)
     for warning in dataset.warnings:
         print(f"warning: {warning}")
     with h5py.File(path) as file:
@@ -267,19 +275,6 @@ def _withhold(cache, settings):
             case = replace(case, withheld=tuple(set(case.expert) - set(known)))
         cases.append(case)
     return replace(cache, cases=tuple(cases))
-
-
-def _fingerprint(dataset):
-    """Size and time of every source file by its path relative to the root, and what the table says of each
-    case.
-    """
-    sources = {}
-    for case in dataset.cases:
-        for name in case.files:
-            status = os.stat(dataset.root / name)
-            sources[name] = [status.st_size, status.st_mtime_ns]
-        sources[f"{case.split}/{case.code}"] = [case.vendor, case.centre, case.ed, case.es]
-    return sources
 
 
 def _rows(cases):
@@ -318,8 +313,16 @@ def _misfit(path, wanted, rows):
     return None if shapes == expected else f"the file there holds arrays of other shapes: {shapes}"
 
 
+def _parts(path):
+    """The folder of finished cases, beside a cache that is being built."""
+    return path.with_name(f".{path.name}{PARTS}")
+
+
 def _build(path, dataset, wanted, settings):
-    """Preprocess the cases in worker processes and write them, in order, from this one."""
+    """Preprocess the cases in worker processes and write them, in order, from this one.
+
+    Killed, it goes on with the cases that are not finished: HDF5 itself does not survive that.
+    """
     size, cases = settings.size, dataset.good(settings.skip_bad)
     rows, texts = _rows(cases), json.dumps(wanted)
     places, first, first_label, problems = [], 0, 0, []
@@ -328,26 +331,26 @@ def _build(path, dataset, wanted, settings):
         # contiguous: a case is one run of bytes, read at the speed of the disk
         images = file.create_dataset("images", (rows["images"], size, size), np.float16)
         labels = file.create_dataset("labels", (rows["labels"], size, size), np.uint8)
-        jobs = [(case, *(wanted[name] for name in PREPROCESSING)) for case in cases]
-        with worker_pool(settings.workers, len(jobs)) as run:
-            for case, result in zip(cases, tqdm(run(_preprocess, jobs), "cache", len(jobs), unit="case")):
-                if isinstance(result, InputError):
-                    problems.append(str(result))
+        grid = [wanted[name] for name in PREPROCESSING]
+        parts = Parts(_parts(path), (SCHEMA, *grid))
+        with worker_pool(settings.workers, len(cases)) as run:
+            results = parts.results(run, _preprocess, cases, lambda case: (case, *grid))
+            for case, found in zip(cases, tqdm(results, "cache", len(cases), unit="case")):
+                if "problem" in found:
+                    problems.append(found["problem"])
                     if settings.skip_bad:
                         continue
                     raise refusal(problems, settings.data)
-                case_images, case_labels, centre, cropped, warnings = result
-                for warning in warnings:
+                for warning in found["warnings"]:
                     tqdm.write(f"warning: {warning}")
-                images[first : first + len(case_images)] = case_images
-                place = {"code": case.code, "first": first, "first_label": None}
-                place |= {"crop_centre": centre, "cropped": cropped}
-                if case_labels is not None:
-                    labels[first_label : first_label + len(case_labels)] = case_labels
+                images[first : first + len(found["images"])] = found["images"]
+                place = {"code": case.code, "first": first, "first_label": None, **found["place"]}
+                if case.ed is not None:
+                    labels[first_label : first_label + len(found["labels"])] = found["labels"]
                     place["first_label"] = first_label
-                    first_label += len(case_labels)
+                    first_label += len(found["labels"])
                 places.append(place)
-                first += len(case_images)
+                first += len(found["images"])
         file["skipped"] = np.bytes_(json.dumps(problems))
         if not places:
             raise InputError(f"{dataset.root}: no case could be read")
@@ -357,20 +360,21 @@ def _build(path, dataset, wanted, settings):
 
 
 def _preprocess(case, size, spacing, crop):
-    """One case to (images (T * Z, S, S) float16, labels (2 * Z, S, S) uint8 or None, centre, share cropped,
-    warnings).
+    """One case to its images (T * Z, S, S) float16, labels (2 * Z, S, S) uint8 where it has any, the centre
+    of its slices and the share cropped ("place"), and warnings; or to the problem that it has.
     """
     try:
         image, labels, warnings = load_case(case)
     except InputError as error:
-        return error
+        return {"problem": str(error)}
     images, grid = to_slices(image, case.spacing, size, spacing, crop)
-    if case.ed is None:
-        return images, None, grid.centre, 0.0, warnings
-    planes = np.concatenate([labels[frame].transpose(2, 0, 1) for frame in (case.ed, case.es)])
-    foreground = planes > 0
-    cropped = 1 - (foreground & grid.inside()).sum() / foreground.sum()
-    return images, grid.labels_to_slices(planes), grid.centre, float(cropped), warnings
+    found = {"images": images, "place": {"crop_centre": grid.centre, "cropped": 0.0}, "warnings": warnings}
+    if case.ed is not None:
+        planes = np.concatenate([labels[frame].transpose(2, 0, 1) for frame in (case.ed, case.es)])
+        foreground = planes > 0
+        found["place"]["cropped"] = 1 - float((foreground & grid.inside()).sum() / foreground.sum())
+        found["labels"] = grid.labels_to_slices(planes)
+    return found
 
 
 def to_slices(image, spacing, size, target, crop):

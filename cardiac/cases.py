@@ -14,6 +14,7 @@ import csv
 import gzip
 import logging
 import math
+import os
 import re
 import shlex
 import zlib
@@ -62,8 +63,14 @@ class Case:
 
     @property
     def files(self):
-        """All source files as they lie below `root` (for a fingerprint)."""
+        """All source files as they lie below `root`."""
         return tuple(path.relative_to(self.root).as_posix() for path in (self.image, *self.labels))
+
+    def identity(self):
+        """What tells when the case has changed, as JSON: size and time of its files, what the table says."""
+        status = {name: os.stat(self.root / name) for name in self.files}
+        sources = {name: [each.st_size, each.st_mtime_ns] for name, each in status.items()}
+        return {**sources, f"{self.split}/{self.code}": [self.vendor, self.centre, self.ed, self.es]}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ Reads every case, voxels and all, names every problem (one line each, on stderr)
 Exit status 0 when all is good, 2 when there are problems.
 """
 
-import argparse
 import collections
 import sys
 
@@ -12,15 +11,14 @@ from tqdm import tqdm
 
 from cardiac import LABELS
 from cardiac.cases import VENDORS, load_case, read_cases, shown
-from cardiac.files import InputError
+from cardiac.files import InputError, Parser
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("python -m cardiac.check", description="Check every file of a dataset.")
+    parser = Parser("python -m cardiac.check", description="Check every file of a dataset.")
     parser.add_argument("--data", required=True, help="folder of a dataset, M&Ms or ACDC")
-    data = parser.parse_args(argv).data
     try:
-        dataset = read_cases(data)
+        dataset = read_cases(parser.parse_args(argv).data)
     except InputError as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 2

@@ -4,7 +4,6 @@ Writes the phantom, runs the four scripts with settings that fit two CPU cores i
 propagation where no public dataset can: at every frame, and in mm of displacement.
 """
 
-import argparse
 import shlex
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import train_registration
 import train_segmentation
 from cardiac import LABELS, networks, phantom, propagation
 from cardiac.cache import open_cache
+from cardiac.files import Parser
 from cardiac.metrics import dice
 from cardiac.run import choose_device, script
 from cardiac.settings import PropagationSettings, parse
@@ -34,9 +34,7 @@ STEPS = (
 
 @script
 def main(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--out", type=Path, default=Path("demo"), help="folder for phantom and runs (default: demo)"
     )

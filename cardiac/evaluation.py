@@ -19,6 +19,7 @@ from cardiac.metrics import (
 )
 from cardiac.networks import segment
 from cardiac.nifti import write_labels
+from cardiac.parts import UNKEPT
 from cardiac.slices import SliceStore
 from cardiac.workers import worker_pool
 
@@ -57,40 +58,39 @@ def predict(network, store, frames):
     return labels, softmax
 
 
-def score_model(model, network, cache, cases, settings, device, folder):
+def score_model(model, network, cache, cases, settings, device, folder, parts=UNKEPT):
     """Predict and score `cases` with one model: writes predictions below `folder`, yields (row of cases.csv,
-    the same row for the largest components or None).
+    the same row for the largest components or None). parts: where the scores of finished cases are kept.
     """
 
-    def jobs():
-        for case in cases:
-            store = SliceStore(cache, [case], device)
-            frames = range(case.frames) if settings.all_frames else (case.ed, case.es)
-            prediction, softmax = predict(network, store, frames)
-            softmax = {frame: softmax[frame] for frame in (case.ed, case.es)}
-            path = folder / f"{case.code}_sa_pred.nii.gz"
-            yield case, prediction, softmax, path, settings.largest_component
+    def predicted(case):
+        store = SliceStore(cache, [case], device)
+        frames = range(case.frames) if settings.all_frames else (case.ed, case.es)
+        prediction, softmax = predict(network, store, frames)
+        softmax = {frame: softmax[frame] for frame in (case.ed, case.es)}
+        path = folder / f"{case.code}_sa_pred.nii.gz"
+        return case, prediction, softmax, path, settings.largest_component
 
     with worker_pool(settings.workers, len(cases)) as run:
-        for case, scores in zip(cases, run(_write_and_score, jobs())):
+        for case, found in zip(cases, parts.results(run, _write_and_score, cases, predicted)):
             start = {"model": model, "case": case.code, "vendor": case.vendor, "centre": case.centre}
-            for (phase, region), (values, largest) in scores.items():
-                row = {**start, "phase": phase, "region": region}
+            for where, values, largest in found["scores"]:
+                row = {**start, **where}
                 yield {**row, **values}, largest and {**row, **largest}
 
 
 def _write_and_score(case, prediction, softmax, path, largest):
     write_labels(path, prediction, case.image)
-    references, scores = load_labels(case), {}
+    references, scores = load_labels(case), []
     for phase, frame in (("ED", case.ed), ("ES", case.es)):
         labels, reference = prediction[..., frame], references[frame]
         whole = score_case(labels, reference, case.spacing)
         kept = score_case(largest_component(labels), reference, case.spacing) if largest else {}
         soft = paper_dice(softmax[frame], reference)
         for region in REGIONS:
-            soft_dice = {"paper_dice": soft[region]}
-            scores[phase, region] = {**whole[region], **soft_dice}, kept and {**kept[region], **soft_dice}
-    return scores
+            where, soft_dice = {"phase": phase, "region": region}, {"paper_dice": soft[region]}
+            scores.append((where, {**whole[region], **soft_dice}, kept and {**kept[region], **soft_dice}))
+    return {"scores": scores}
 
 
 def read_scores(path):

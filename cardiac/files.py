@@ -1,5 +1,6 @@
 """Files that are whole or absent, folders used by one process at a time, and errors a user can act on."""
 
+import argparse
 import contextlib
 import csv
 import fcntl
@@ -13,6 +14,16 @@ import h5py
 
 class InputError(Exception):
     """Something the user gave is wrong. The message is one line: which file, what is wrong, what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line; what is wrong with one is an InputError, one line as everywhere."""
+
+    def __init__(self, prog=None, description=None):
+        super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise InputError(f"{' '.join(message.split())}; --help tells every word")
 
 
 @contextlib.contextmanager
@@ -31,7 +42,7 @@ def replacing(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         error.filename = error.filename or str(path)  # a full disk does not say which file it was
         raise
@@ -147,7 +158,8 @@ def locked(path, busy=None, wait=False):
         yield
 
 
-def _sync_folder(folder):
+def sync_folder(folder):
+    """Bring the names in a folder to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

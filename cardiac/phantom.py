@@ -17,7 +17,6 @@ x in frame t was at x + u(x, t) at ED: sampling ED's image or label there (movin
 frame t's. u is 0 at ED and a multiple of 1/256 mm, so that gzip finds something to do.
 """
 
-import argparse
 import shutil
 import sys
 from collections import namedtuple
@@ -29,7 +28,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 from cardiac import LABELS
-from cardiac.files import InputError, write_csv, write_json
+from cardiac.files import InputError, Parser, write_csv, write_json
 
 CSV_NAME = "211230_M&Ms_Dataset_information_diagnosis_opendataset.csv"
 MARKER = "phantom.json"  # a folder with this file in it is ours and may be written again
@@ -432,7 +431,7 @@ def _code(number):
 def main(argv=None):
     """The command line. Returns the exit status: 2 where what was typed is wrong."""
     what = __doc__.partition(":")[0] + "."
-    parser = argparse.ArgumentParser(prog="python -m cardiac.phantom", description=what)
+    parser = Parser(prog="python -m cardiac.phantom", description=what)
     parser.add_argument("root", metavar="DIR", help="folder to write")
     for name, (default, least, meaning) in OPTIONS.items():
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N",

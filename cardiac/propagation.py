@@ -13,6 +13,7 @@ from cardiac.files import InputError, hdf5_dataset, read_json, writing_hdf5
 from cardiac.losses import IGNORED, one_hot
 from cardiac.metrics import dice, score_case
 from cardiac.networks import RegistrationNetwork, register
+from cardiac.parts import UNKEPT
 from cardiac.slices import SliceStore
 from cardiac.training import load_network
 from cardiac.warp import compose, jacobian_determinant, warp
@@ -252,16 +253,18 @@ QUALITY = (
 
 
 @torch.no_grad()
-def score_registration(network, cache, cases, settings, device):
+def score_registration(network, cache, cases, settings, device, parts=UNKEPT):
     """ED's label carried to ES against the expert's, in 3-D on each case's own grid: rows of quality.csv.
 
     "before" is the identity. Folding (det J <= 0) and the spread of log det J count within 10 mm of both
-    labels.
+    labels. parts: where the scores of finished cases are kept.
     """
-    grids = (_to_own_grid(network, cache, case, device) for case in cases)
     rows = []
     with worker_pool(settings.workers, len(cases)) as run:
-        for case, scores in zip(cases, run(_score_own_grid, grids)):
+        results = parts.results(
+            run, _score_own_grid, cases, lambda case: _to_own_grid(network, cache, case, device)
+        )
+        for case, scores in zip(cases, results):
             for region in REGIONS:
                 start = {"case": case.code, "vendor": case.vendor, "split": case.split, "region": region}
                 rows.append({**start, **scores[region]})

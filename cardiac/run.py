@@ -13,13 +13,17 @@ from concurrent.futures import BrokenExecutor
 import torch
 
 from cardiac.files import InputError, locked, read_json, write_json
+from cardiac.parts import PARTS
 
 # by --overwrite: first what tells how far a run is, last its settings
-REMOVED = {"last.pt": -1, "labels.h5": -1, "summary.json": -1, "config.json": 1}
+REMOVED = {"last.pt": -1, "labels.h5": -1, "summary.json": -1, PARTS: -1, "config.json": 1}
 
 
 class Terminated(BaseException):
     """SIGTERM arrived. Like KeyboardInterrupt, no `except Exception` swallows it."""
+
+
+WAYS_OUT = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 
 
 def script(main):
@@ -31,40 +35,62 @@ def script(main):
 
     @functools.wraps(main)
     def entry(argv=None):
-        previous = None
-        again = "the same command goes on from here"
-        if "--overwrite" in (sys.argv if argv is None else argv):
-            again += ", without --overwrite"
-        with contextlib.suppress(ValueError):  # signals can be set in the main thread alone
-            previous = signal.signal(signal.SIGTERM, _terminate)
+        arrived = []
+
+        def leave(number, frame):
+            arrived.append(number)
+            raise WAYS_OUT[number]
+
         try:
-            main(argv)
+            with _handlers(leave):
+                main(argv)
             return 0
-        except InputError as error:
-            return _fail(str(error), 2)
-        except torch.cuda.OutOfMemoryError:
-            return _fail("out of GPU memory: lower --batch-size, --size or --channels", 2)
-        except (MemoryError, RuntimeError) as error:
-            killed = isinstance(error, (MemoryError, BrokenExecutor))  # a worker, as the kernel does
-            if not killed and "can't allocate memory" not in str(error):  # torch's way to say it
+        except BaseException as error:
+            # compiled code that the signal hit may have made another exception of it
+            found = _last_words(WAYS_OUT[arrived[0]]() if arrived else error)
+            if not found:
                 raise
-            return _fail("out of memory: lower --size, --batch-size or --workers", 2)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            return _fail(f"{error.filename or 'a file'}: {reason.splitlines()[0]}", 2)
-        except KeyboardInterrupt:
-            return _fail(f"interrupted; {again}", 130)
-        except Terminated:
-            return _fail(f"terminated; {again}", 143)
-        finally:
-            if previous is not None:
-                signal.signal(signal.SIGTERM, previous)
+            message, code = found
+        if code > 2:
+            message += "; the same command goes on from here"
+            if "--overwrite" in (sys.argv if argv is None else argv):
+                message += ", without --overwrite"
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+        return code
 
     return entry
 
 
-def _terminate(number, frame):
-    raise Terminated
+def _last_words(error):
+    """What ends a script: (one line, exit code); None for a bug, which keeps its traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(error, Terminated):
+        return "terminated", 143
+    if isinstance(error, InputError):
+        return str(error), 2
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of GPU memory: lower --batch-size, --size or --channels", 2
+    # of a worker that the kernel killed there is no more than a BrokenExecutor; the text is torch's
+    if isinstance(error, (MemoryError, BrokenExecutor)) or "can't allocate memory" in str(error):
+        return "out of memory: lower --size, --batch-size or --workers", 2
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+        return f"{error.filename or 'a file'}: {reason.splitlines()[0]}", 2
+    return None
+
+
+@contextlib.contextmanager
+def _handlers(handler):
+    """Let `handler` see to Ctrl-C and SIGTERM inside the block, in the main thread, which alone can."""
+    previous = {}
+    with contextlib.suppress(ValueError):
+        previous = {number: signal.signal(number, handler) for number in WAYS_OUT}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before or signal.SIG_DFL)  # None: set by no Python code
 
 
 @contextlib.contextmanager
@@ -74,31 +100,19 @@ def deferred_signals():
     It saves and leaves when one has arrived. A second Ctrl-C leaves at once, without saving.
     """
     arrived = []
-    ways_out = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 
     def note(number, frame):
         if arrived:
-            raise ways_out[number]
+            raise WAYS_OUT[number]
         arrived.append(number)
 
     def leave_if_asked(save):
         if arrived:
             save()
-            raise ways_out[arrived[0]]
+            raise WAYS_OUT[arrived[0]]
 
-    previous = {}
-    with contextlib.suppress(ValueError):  # signals can be set in the main thread alone
-        previous = {number: signal.signal(number, note) for number in ways_out}
-    try:
+    with _handlers(note):
         yield leave_if_asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _fail(message, code):
-    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
-    return code
 
 
 def choose_device(name):
@@ -146,6 +160,7 @@ def run_folder(settings, name, cases, labels=None):
                 raise InputError(f"{folder}: holds a run on {other}; choose another --out or use --overwrite")
         write_json(config, {"settings": dataclasses.asdict(settings), **made_of})
         yield folder
+        shutil.rmtree(folder / PARTS, ignore_errors=True)  # all that it is kept for is finished
 
 
 def dataset_identity(cases):

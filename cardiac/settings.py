@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from cardiac.files import InputError, read_json
+from cardiac.files import InputError, Parser, read_json
 
 
 def setting(default, help, **options):
@@ -218,9 +218,7 @@ def parse(kind, argv, description, own=(), earlier=()):
     words, and a typed one that contradicts it is an InputError (unless --overwrite). earlier: folders of the
     scripts before it, which give size, spacing, seed, recipe and channels in the same way.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=description)
     for item in dataclasses.fields(kind):
         options = dict(item.metadata)
         text = options.pop("help").replace("%", "%%")

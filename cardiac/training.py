@@ -6,6 +6,7 @@ schedule, mixed precision, checkpoints, resume, the log and the way out when it 
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import math
 import operator
@@ -22,6 +23,7 @@ from cardiac.run import deferred_signals
 
 READ_EVERY = 20  # steps between two looks at the losses: each look waits for the device
 SAVE_EVERY = 60  # seconds of work that a kill may cost at most
+HELP = "last.pt is older; a lower --lr may help (with --overwrite)"
 
 
 class Task(Protocol):
@@ -82,6 +84,8 @@ def fit(task, settings, folder, device, outcome="curves.png"):
 
     def save(name="last.pt"):
         meter.read()
+        if not all(weight.isfinite().all() for weight in network.parameters()):
+            raise InputError(f"the weights are not finite after step {progress.step}; {HELP}")
         state = {part: holder.state_dict() for part, holder in parts.items()}
         write_checkpoint(folder / name, {**state, "progress": dataclasses.asdict(progress)})
         meter.saved = time.perf_counter()
@@ -221,10 +225,7 @@ class Meter:
     def read(self):
         """Bring the sums to `progress`; returns the means over the running epoch. Waits for the device."""
         if math.isfinite(self.first_bad.item()):
-            raise InputError(
-                f"the loss is not finite from step {int(self.first_bad.item())} on; last.pt is older; "
-                "a lower --lr may help (with --overwrite)"
-            )
+            raise InputError(f"the loss is not finite from step {int(self.first_bad.item())} on; {HELP}")
         now = time.perf_counter()
         self.progress.seconds += now - self.clock
         self.clock = now
@@ -312,6 +313,12 @@ def load_network(network, path, device):
     _restore(path, state, network=network)
     network.to(device, memory_format=torch.channels_last).eval()
     return Progress(**state["progress"])
+
+
+def weights_digest(network):
+    """A digest of a network's weights alone: its checkpoint has the run's clock in it too."""
+    weights = b"".join(value.cpu().numpy().tobytes() for value in network.state_dict().values())
+    return hashlib.sha256(weights).hexdigest()[:16]
 
 
 def _restore(path, state, **parts):

@@ -71,12 +71,14 @@ def jacobian_determinant(displacement):
 
 
 def _sampling_grid(displacement):
-    """Normalised coordinates (B, H, W, 2) for `grid_sample`, which wants (along W, along H)."""
+    """Normalised coordinates (B, H, W, 2) for `grid_sample`, which wants (along W, along H).
+
+    0 for NaN: on the CPU the backward pass of `grid_sample` would read and write outside its tensors.
+    """
     height, width = displacement.shape[-2:]
     options = {"device": displacement.device, "dtype": displacement.dtype}
     rows = (2 * torch.arange(height, **options) + 1) / height - 1
     columns = (2 * torch.arange(width, **options) + 1) / width - 1
-    return torch.stack(
-        [columns + displacement[:, 1] * (2 / width), rows[:, None] + displacement[:, 0] * (2 / height)],
-        dim=-1,
-    )
+    along_width = columns + displacement[:, 1] * (2 / width)
+    along_height = rows[:, None] + displacement[:, 0] * (2 / height)
+    return torch.stack([along_width, along_height], dim=-1).nan_to_num(nan=0.0)

@@ -10,6 +10,8 @@ import nibabel as nib
 import numpy as np
 import torch
 
+from cardiac.parts import PARTS, read_part
+
 TIMING = {"seconds", "samples_per_second", "waiting_percent", "memory_gb"}  # columns of log.csv
 
 
@@ -45,6 +47,8 @@ def content(path):
     if path.name.endswith(".nii.gz"):
         image = nib.load(path)
         return image.header.binaryblock, _plain(np.asanyarray(image.dataobj))
+    if PARTS in str(path.parent):
+        return _plain(read_part(path))
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

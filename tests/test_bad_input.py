@@ -20,7 +20,7 @@ import torch
 from conftest import SHORT
 from datasets import TABLE, Tiny, write_mms, write_table
 from snapshot import differences, snapshot
-from test_cases import edit_header, put
+from test_cases import DATASET_FAULTS, HEADER_FAULTS, VOXEL_FAULTS, put
 
 import evaluate
 import propagate_labels
@@ -29,6 +29,7 @@ import train_segmentation
 from cardiac import cache
 from cardiac.cases import read_cases
 from cardiac.files import InputError, read_csv
+from cardiac.parts import PARTS
 from cardiac.propagation import Propagated
 from cardiac.run import script
 from cardiac.settings import Settings
@@ -87,46 +88,23 @@ def refused(capsys):
 
 
 def results(folder):
-    """Files that are not locks."""
-    return {path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock")}
+    """Files that have their final name: no locks, no parts of finished cases."""
+    found = {path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock")}
+    return {path for path in found if not path.parent.name.endswith(PARTS)}
 
 
 # -------------------------------------------------------------------------------- datasets, by every script
 
 
-def no_image(run):
-    run.image().unlink()
-    return CODE, f"{CODE}_sa.nii.gz: no such file"
+FAULTS = [*HEADER_FAULTS, *VOXEL_FAULTS, *DATASET_FAULTS]
 
 
-def terabytes(run):
-    edit_header(run.image(), 40, "h", 4, 9999, 9999, 999, 9)
-    return CODE, "header claims 1,674"
-
-
-def no_column(run):
-    table = run.data / TABLE
-    table.write_text(table.read_text("utf-8-sig").replace(",ED,", ",Ed.,"))
-    return TABLE, "no column ED"
-
-
-def truncated(run):
-    run.image().write_bytes(run.image().read_bytes()[:-500])
-    return CODE, f"{CODE}_sa.nii.gz: truncated"
-
-
-def unknown_label(run):
-    put(run.image("sa_gt"), (3, 3, 1, 0), 4)
-    return CODE, f"{CODE}_sa_gt.nii.gz: unknown label 4"
-
-
-@MODULES
-@pytest.mark.parametrize("spoil", [no_image, terabytes, no_column, truncated, unknown_label])
-def test_a_bad_dataset_is_named_by_every_script(trained_run, tmp_path, refused, module, spoil):
-    run = Run(trained_run, tmp_path, module)
+@pytest.mark.parametrize(("spoil", "says"), [pytest.param(*fault[1:], id=fault[0]) for fault in FAULTS])
+def test_a_bad_dataset_is_named_by_every_script(run, refused, spoil, says):
     before = snapshot(run.out)
-    says = spoil(run)
-    refused(run(module), *says)
+    spoil(run.data)
+    for module in SCRIPTS:
+        refused(run(module), says)
     assert snapshot(run.out) == before
     assert not run.cache.exists() or results(run.cache) == set()
 

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cardiac import cache as cache_module
-from cardiac.cache import Cache, CachedCase, Grid, most_likely, one_hot, open_cache
+from cardiac.cache import Cache, CachedCase, Grid, most_likely, one_hot, open_cache, to_slices
 from cardiac.cache import resampling_matrix as matrix
+from cardiac.cases import load_case
 from cardiac.files import InputError
 from cardiac.settings import Settings
 
@@ -330,11 +331,11 @@ def spoil(data, code="B0B0B0"):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_bad_voxel_names_the_case_and_leaves_no_file(data, tmp_path, workers):
+def test_a_bad_voxel_names_the_case_and_leaves_no_cache(data, tmp_path, workers):
     spoil(data)
     with pytest.raises(InputError, match=r"B0B0B0.*NaN"):
         open_cache(asked(data, tmp_path, workers=workers))
-    assert [path.name for path in (tmp_path / "cache").iterdir() if not path.name.endswith(".lock")] == []
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {".MnM.h5.lock", ".MnM.h5.parts"}
 
 
 def test_a_bad_voxel_leaves_an_older_cache_as_it_was(data, tmp_path):
@@ -373,6 +374,38 @@ def test_labelled_pixels_outside_the_crop_are_counted_and_warned_of(data, tmp_pa
 def test_a_cache_can_be_handed_to_another_process(data, tmp_path):
     cache = open_cache(asked(data, tmp_path))
     assert pickle.loads(pickle.dumps(cache)) == cache
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    st.tuples(st.integers(20, 60), st.integers(20, 60), st.integers(1, 3), st.integers(3, 6)),
+    st.tuples(st.floats(0.8, 2.0), st.floats(0.8, 2.0), st.just(9.0)),
+    st.sampled_from([16, 32, 64]),
+    st.floats(0.8, 2.5),
+    st.sampled_from(["centre", "motion"]),
+    st.data(),
+)
+def test_what_is_read_from_the_cache_is_the_case_on_its_slices(
+    tmp_path_factory, shape, spacing, size, target, crop, data
+):
+    ed, es = data.draw(st.permutations(range(shape[3])))[:2]
+    root = tmp_path_factory.mktemp("drawn")
+    tiny = Tiny("A0", ed=ed, es=es)
+    write_mms(root / "MnM", [tiny, Tiny("B0", "Training/Unlabeled")], shape, spacing)
+    cache = open_cache(asked(root / "MnM", root, size=size, spacing=target, crop=crop))
+    for case in cache.cases:
+        image, labels, _ = load_case(case)
+        slices, grid = to_slices(image, case.spacing, size, target, crop)
+        assert case.grid(cache) == dataclasses.replace(grid, centre=grid.centre and list(grid.centre))
+        found = np.zeros((case.slices * case.frames, size, size), np.float16)
+        cache.read("images", [(case.first, case.first + len(found))], found)
+        np.testing.assert_array_equal(found, slices)
+        for frame in case.expert:
+            rows = case.label_rows(frame)
+            found = np.zeros((case.slices, size, size), np.uint8)
+            cache.read("labels", [(rows[0], rows[-1] + 1)], found)
+            np.testing.assert_array_equal(found, grid.labels_to_slices(labels[frame].transpose(2, 0, 1)))
+    assert {case.code: case.expert for case in cache.cases} == {"A0": (ed, es), "B0": ()}
 
 
 # ------------------------------------------------------------ splits

@@ -282,6 +282,20 @@ def test_sigterm_ends_a_script_outside_training_too(capsys):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_script_even_where_a_library_makes_another_exception_of_it(capsys, number, code):
+    """As matplotlib's resampling does: "Invalid affine transformation matrix"."""
+
+    def main(argv):
+        try:
+            signal.raise_signal(number)
+        except BaseException as error:
+            raise ValueError("something else") from error
+
+    assert script(main)([]) == code
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_success_is_0():
     assert script(lambda argv: None)([]) == 0
 

@@ -28,8 +28,9 @@ import evaluate
 import propagate_labels
 import train_registration
 import train_segmentation
-from cardiac import cache, files, report
+from cardiac import cache, evaluation, files, propagation, report
 from cardiac.nifti import write_labels
+from cardiac.parts import PARTS, write_part
 from cardiac.propagation import Propagated
 from cardiac.run import script
 from cardiac.settings import Settings
@@ -215,6 +216,114 @@ def test_overwrite_killed_while_it_empties_the_folder_leaves_an_unfinished_run(w
             stage.module.main([*stage.words, "--overwrite"])
     assert stage() == 0, "goes on without --overwrite, as the message of an interrupted script says"
     stage.check()
+
+
+# ------------------------------------------------------------------ finished cases are not done again
+
+
+def killed_at(patch, module, name, at, done):
+    """Let a function of a module note the code of each case it is called for, and die at its `at`-th call."""
+    function = getattr(module, name)
+
+    def counted(*arguments):
+        done.append(next(each.code for each in arguments if hasattr(each, "code")))
+        if len(done) == at:
+            raise Killed
+        return function(*arguments)
+
+    patch.setattr(module, name, counted)
+
+
+@pytest.mark.parametrize("at", [1, 2, 5, 7])
+def test_the_cache_goes_on_with_the_case_at_which_it_was_killed(whole, tmp_path, at):
+    words = Settings(data=whole[0], cache=tmp_path, size=32, spacing=2.0, workers=1)
+    done = []
+    with pytest.MonkeyPatch.context() as patch:
+        killed_at(patch, cache, "_preprocess", at, done)
+        with pytest.raises(Killed):
+            cache.open_cache(words)
+        assert not (tmp_path / "MnM.h5").exists()
+        cache.open_cache(words)
+    killed = done.pop(at - 1)
+    assert killed in done
+    assert len(done) == len(set(done)) == 7
+    assert {path.name for path in tmp_path.iterdir()} == {"MnM.h5", ".MnM.h5.lock"}
+    assert content(tmp_path / "MnM.h5") == content(Path(whole[2]) / "MnM.h5")
+
+
+RUNS = {"registration": (propagation, "_to_own_grid", 4), "evaluation": (evaluation, "_write_and_score", 4)}
+
+
+def unfinished(name, whole, tmp_path):
+    """A stage whose networks are trained and nothing scored."""
+    stage = Stage(name, whole, tmp_path)
+    if name == "registration":
+        shutil.copytree(stage.whole / name, stage.folder)
+        (stage.folder / "quality.csv").unlink()
+    return stage
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", RUNS)
+def test_scores_go_on_with_the_case_at_which_they_were_killed(whole, tmp_path, name, at):
+    stage, (module, function, count) = unfinished(name, whole, tmp_path), RUNS[name]
+    done = []
+    with pytest.MonkeyPatch.context() as patch:
+        killed_at(patch, module, function, at, done)
+        with pytest.raises(Killed):
+            stage()
+        assert len(list((stage.folder / PARTS).rglob("?*-*"))) == at - 1
+        assert stage() == 0
+    assert len(done) == count + 1, "one case was done twice: the one that was not finished"
+    stage.check()
+    assert stage() == 0, "finished"
+    stage.check()
+
+
+def test_workers_do_not_matter_for_the_quality_of_the_registration(whole, tmp_path):
+    stage = unfinished("registration", whole, tmp_path)
+    stage.words[stage.words.index("--workers") + 1] = "2"
+    assert stage() == 0
+    assert content(stage.folder / "quality.csv") == content(stage.whole / "registration" / "quality.csv")
+
+
+def test_scores_of_other_weights_are_not_gone_on_with(whole, tmp_path):
+    """The same number of steps, the same best score; only the weights tell."""
+    stage, done = unfinished("evaluation", whole, tmp_path), []
+    with pytest.MonkeyPatch.context() as patch:
+        killed_at(patch, evaluation, "_write_and_score", 4, done)
+        with pytest.raises(Killed):
+            stage()
+    for model in ("original", "propagated"):
+        path = stage.out / "segmentation" / model / "best.pt"
+        state = torch.load(path, weights_only=True)
+        state["network"][list(state["network"])[-1]][2] += 99  # the last bias: myocardium everywhere
+        write_checkpoint(path, state)
+    shutil.copytree(stage.out, tmp_path / "fresh", ignore=shutil.ignore_patterns("evaluation"))
+    assert stage() == 0
+    stage.words[stage.words.index(str(stage.out))] = str(tmp_path / "fresh")
+    assert stage() == 0
+    assert differences(snapshot(tmp_path / "fresh" / "evaluation"), snapshot(stage.folder)) == []
+    assert differences(snapshot(stage.whole / "evaluation"), snapshot(stage.folder)) != []
+
+
+def test_a_finished_run_removes_what_a_kill_at_its_very_end_left(whole, tmp_path):
+    stage = Stage("evaluation", whole, tmp_path)
+    shutil.copytree(stage.whole / "evaluation", stage.folder)
+    write_part(stage.folder / PARTS / "original" / "E1A1A1-0", {})
+    assert stage() == 0
+    stage.check()
+
+
+def test_overwrite_starts_anew(whole, tmp_path):
+    stage, done = unfinished("evaluation", whole, tmp_path), []
+    with pytest.MonkeyPatch.context() as patch:
+        killed_at(patch, evaluation, "_write_and_score", 4, done)
+        with pytest.raises(Killed):
+            stage()
+        stage.words.append("--overwrite")
+        assert stage() == 0
+    assert len(done) == 4 + 4
 
 
 # --------------------------------------------------------------------- what the libraries do without room

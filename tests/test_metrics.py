@@ -143,6 +143,28 @@ def test_properties_of_surface_distances(seed, shape, spacing):
     assert scaled == pytest.approx((2 * hd95, 2 * assd))
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.tuples(*[st.integers(1, 6)] * 3), st.tuples(*[st.floats(0.5, 12)] * 3))
+def test_scores_of_a_case_have_bounds_and_symmetries(seed, shape, spacing):
+    rng = np.random.default_rng(seed)
+    one, other = (rng.integers(0, rng.integers(1, 5), shape).astype(np.uint8) for _ in range(2))
+    scores, swapped = m.score_case(one, other, spacing), m.score_case(other, one, spacing)
+    mirrored = m.score_case(one[::-1, :, ::-1], other[::-1, :, ::-1], spacing)
+    turned = m.score_case(one.swapaxes(0, 1), other.swapaxes(0, 1), [spacing[k] for k in (1, 0, 2)])
+    volume = one.size * np.prod(spacing) / 1000
+    for region, found in scores.items():
+        assert mirrored[region] == pytest.approx(found, nan_ok=True)
+        assert turned[region] == pytest.approx(found, nan_ok=True)
+        back = {"volume_ml": found["reference_volume_ml"], "reference_volume_ml": found["volume_ml"]}
+        assert swapped[region] == pytest.approx({**found, **back}, nan_ok=True)
+        assert math.isnan(found["dice"]) or 0 <= found["dice"] <= 1
+        assert 0 <= found["volume_ml"] <= volume * (1 + 1e-9)
+    certain = np.stack([one == label for label in range(4)]).astype(float)
+    blurred = 0.5 * certain + 0.125
+    for region, dice in m.paper_dice(blurred, one).items():
+        assert 0 <= dice <= m.paper_dice(certain, one)[region] <= 1
+
+
 def monai_distances(prediction, reference, spacing):
     """HD95 and ASSD by MONAI; skips the test where it is not installed."""
     pytest.importorskip("monai")

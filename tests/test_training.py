@@ -1,13 +1,16 @@
 """The training loop: resumed equals uninterrupted bit for bit, the schedule, and every way out."""
 
+import contextlib
 import csv
 import dataclasses
 import math
 import os
 import signal
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from cardiac import training
 from cardiac.files import InputError
@@ -133,6 +136,40 @@ def test_interrupted_again_and_again(tmp_path, whole):
             train(tmp_path, signalled(step, signal.SIGTERM))
     assert train(tmp_path)
     assert_equal_runs(tmp_path, whole)
+
+
+class Killed(BaseException):
+    """As if by SIGKILL: nothing is saved on the way out."""
+
+
+def killed():
+    raise Killed
+
+
+WAYS_OUT = {
+    Killed: killed,
+    KeyboardInterrupt: lambda: signal.raise_signal(signal.SIGINT),
+    Terminated: lambda: signal.raise_signal(signal.SIGTERM),
+}
+
+
+@hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
+@hypothesis.given(
+    st.lists(st.tuples(st.integers(0, 11), st.sampled_from(list(WAYS_OUT))), min_size=1, max_size=3),
+    st.sampled_from([0.0, 1e9]),
+)
+def test_stopped_at_any_steps_in_any_way_the_run_ends_as_if_nothing_had_been(
+    tmp_path_factory, whole, stops, every
+):
+    """every: seconds between two checkpoints within an epoch."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "SAVE_EVERY", every)
+        for step, how in stops:  # a step that is behind already lets the run go through
+            with contextlib.suppress(how):
+                train(folder, Task({step: WAYS_OUT[how]}))
+        train(folder)
+    assert_equal_runs(folder, whole)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 6, 8, 11])
@@ -333,6 +370,12 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_named_and_keeps_last(tmp_
     train(tmp_path / "good", max_steps=kept)
     good = torch.load(tmp_path / "good" / "last.pt", weights_only=True)
     assert without_timing(state["network"]) == without_timing(good["network"])
+
+
+def test_weights_that_are_not_finite_are_not_kept_even_where_the_loss_still_is(tmp_path):
+    with pytest.raises(InputError, match="weights are not finite after step 1;"):
+        train(tmp_path, lr=1e39, steps_per_epoch=1)
+    assert not list(tmp_path.glob("*.pt"))
 
 
 def hostile():

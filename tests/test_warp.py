@@ -1,5 +1,7 @@
 """The spatial transformer and what is built on it, against closed forms and scipy."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -175,6 +177,14 @@ def test_everything_stays_in_float32_under_autocast():
         assert one.dtype == torch.float32
         torch.testing.assert_close(one, other, atol=0, rtol=0)
     assert warp(image.bfloat16(), resize_displacement(velocity.bfloat16(), (64, 64))).dtype == torch.float32
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
+def test_a_displacement_that_is_not_finite_crashes_nothing(value):
+    """grid_sample's backward pass on the CPU ends the process where a coordinate is NaN."""
+    displacement = torch.full((2, 2, 32, 32), value, requires_grad=True)
+    warp(torch.rand(2, 4, 32, 32), displacement).sum().backward()
+    assert displacement.grad.shape == displacement.shape
 
 
 def test_the_gradient_reaches_the_velocity():

@@ -31,7 +31,7 @@ SCRIPTS = {
     "evaluate.py": "--all-frames",
 }
 SIGNALS = ["KILL", "KILL", "KILL", "TERM", "INT", "TERM to all"]
-EXITS = {"KILL": {-9}, "TERM": {143, -15}, "INT": {130, -2, 1}, "TERM to all": {143, -15}}
+EXITS = {"KILL": {-9}, "TERM": {143, -15}, "INT": {130, -2}, "TERM to all": {143, -15}}
 
 
 def command(script, data, out, workers):

@@ -1,0 +1,81 @@
+"""Results of finished cases, kept until the run is finished: interrupted, it goes on with the next case."""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cardiac.files import InputError, sync_folder, write_bytes
+
+PARTS = ".parts"  # in the folder of a run, which removes it when it ends well
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A file for every finished case below `folder`; nothing is kept without one.
+
+    made_from: what the results depend on beside the cases themselves, such as settings and weights, as JSON.
+    It is in the names of the files, so that what was made from anything else is never taken.
+    """
+
+    folder: Path | None = None
+    made_from: tuple = ()
+
+    def results(self, run, function, cases, arguments):
+        """Yield `function(*arguments(case))`, a dict of JSON values and arrays, of each case in order.
+
+        run: see `worker_pool`; a worker writes its part itself. Called for the cases without a part alone.
+        """
+        if self.folder is None:
+            yield from run(function, map(arguments, cases))
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        paths = [self._path(case) for case in cases]
+        for path in set(self.folder.iterdir()) - set(paths):  # of other settings, or half written
+            path.unlink()
+        sync_folder(self.folder)
+        missing = {path: case for path, case in zip(paths, cases) if not path.exists()}
+        if len(missing) < len(cases):
+            print(f"going on: {len(cases) - len(missing)} of {len(cases)} cases are finished", flush=True)
+        made = run(_keep, ((path, function, *arguments(case)) for path, case in missing.items()))
+        for path in paths:
+            if path in missing:
+                next(made)
+            yield read_part(path)
+
+    def _path(self, case):
+        text = json.dumps([self.made_from, case.identity()], sort_keys=True)
+        return self.folder / f"{case.code}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+UNKEPT = Parts()
+
+
+def _keep(path, function, *arguments):
+    write_part(path, function(*arguments))
+
+
+def write_part(path, result):
+    """Write a dict of JSON values and arrays: a line of JSON, then the arrays' bytes."""
+    arrays = {name: value for name, value in result.items() if isinstance(value, np.ndarray)}
+    values = {name: value for name, value in result.items() if name not in arrays}
+    kinds = {name: (array.dtype.str, array.shape) for name, array in arrays.items()}
+    head = json.dumps([values, kinds]).encode() + b"\n"
+    write_bytes(path, b"".join([head, *(array.tobytes() for array in arrays.values())]))
+
+
+def read_part(path):
+    """Read what `write_part` wrote, maybe a stranger; never more bytes than there are. Raises InputError."""
+    try:
+        head, _, data = path.read_bytes().partition(b"\n")
+        result, kinds = json.loads(head)
+        position = 0
+        for name, (kind, shape) in kinds.items():
+            array = np.frombuffer(data, kind, math.prod(shape), position).reshape(shape)
+            result[name], position = array, position + array.nbytes
+        return result
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not readable ({str(error)[:80]}); remove it") from error
