@@ -12,6 +12,7 @@ from concurrent.futures import BrokenExecutor
 
 import torch
 
+from cardiac import parallel
 from cardiac.files import InputError, locked, read_json, write_json
 
 # by --overwrite: first what tells how far a run is, last its settings
@@ -26,7 +27,7 @@ def script(main):
     """Turn `main(argv)` into a script's entry: what the user must mend is one line on stderr, exit code 2.
 
     Ctrl-C exits with 130 and SIGTERM with 143, as shells count; both unwind the stack, so that temporary
-    files go and the training loop saves.
+    files go and the training loop saves. Under torchrun the first process speaks for all.
     """
 
     @functools.wraps(main)
@@ -38,13 +39,16 @@ def script(main):
         with contextlib.suppress(ValueError):  # signals can be set in the main thread alone
             previous = signal.signal(signal.SIGTERM, _terminate)
         try:
-            main(argv)
+            with parallel.joined():
+                main(argv)
             return 0
         except InputError as error:
             return _fail(str(error), 2)
         except torch.cuda.OutOfMemoryError:
             return _fail("out of GPU memory: lower --batch-size, --size or --channels", 2)
         except (MemoryError, RuntimeError) as error:
+            if parallel.RANK and "closed by peer" in str(error):
+                return 1  # the first process has left and says why
             killed = isinstance(error, (MemoryError, BrokenExecutor))  # a worker, as the kernel does
             if not killed and "can't allocate memory" not in str(error):  # torch's way to say it
                 raise
@@ -97,18 +101,21 @@ def deferred_signals():
 
 
 def _fail(message, code):
-    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    if parallel.RANK == 0:
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
     return code
 
 
 def choose_device(name):
-    """The torch device for `--device auto|cpu|cuda`."""
+    """The torch device for `--device auto|cpu|cuda`; under torchrun each process has a card of its own."""
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError(
             "--device cuda: this machine has no CUDA device that torch can use; try --device auto"
         )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        torch.cuda.set_device(parallel.LOCAL_RANK)
     return torch.device(name)
 
 

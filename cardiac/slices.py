@@ -1,7 +1,8 @@
 """The cache as tensors where they are needed, and the batches that both networks draw from it.
 
 Everything a step draws comes from a generator seeded by (seed, step) alone: a resumed run draws what an
-uninterrupted one would have, without a random state in the checkpoint.
+uninterrupted one would have, without a random state in the checkpoint. Processes that share a batch each draw
+the whole of it, in numbers, and read their part.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from cardiac.losses import IGNORED
+from cardiac.parallel import ON_THIS_HOST, share
 
 
 def step_generator(seed, step):
@@ -94,7 +96,7 @@ def _place(size, device):
     """Where `size` bytes of slices go, leaving room for the network: "device", "host" or "file"."""
     if device.type == "cuda" and size < 0.6 * torch.cuda.mem_get_info(device)[0]:
         return "device"
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ON_THIS_HOST
     if size < 0.6 * available:
         return "device" if device.type == "cpu" else "host"
     return "file"
@@ -131,10 +133,10 @@ class Pairs:
         self.table = torch.tensor(columns).T
 
     def draw(self, batch_size, seed, step):
-        """The pairs of one step: a `PairBatch`."""
+        """This process's share of the pairs of one step: a `PairBatch`."""
         generator = step_generator(seed, step)
-        which = torch.randint(self.table.shape[1], (batch_size,), generator=generator)
-        chance = torch.rand(4, batch_size, generator=generator)
+        which = share(torch.randint(self.table.shape[1], (batch_size,), generator=generator))
+        chance = share(torch.rand(4, batch_size, generator=generator), 1)
         first, stride, frames, ed, es, ed_label, es_label = self.table[:, which]
         labelled = (ed_label >= 0) & (es_label >= 0)
         anchor = torch.where(ed >= 0, ed, (chance[0] * frames).long())
@@ -180,8 +182,7 @@ class LabelledSlices:
         return len(self.rows)
 
     def draw(self, batch_size, seed, step):
-        """The slices of one step: images (B, 1, S, S) and labels (B, S, S)."""
-        which = torch.randint(len(self), (batch_size,), generator=step_generator(seed, step))
-        return self.store.images(self.rows[which]), self.labels[
-            which.to(self.store.device, non_blocking=True)
-        ]
+        """This process's share of the slices of one step: images (B, 1, S, S) and labels (B, S, S)."""
+        which = share(torch.randint(len(self), (batch_size,), generator=step_generator(seed, step)))
+        images = self.store.images(self.rows[which])
+        return images, self.labels[which.to(self.store.device, non_blocking=True)]
