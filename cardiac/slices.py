@@ -8,7 +8,6 @@ the whole of it, in numbers, and read their part.
 import dataclasses
 import os
 
-import h5py
 import numpy as np
 import torch
 
@@ -27,19 +26,19 @@ class SliceStore:
 
     cases: the cases, with their rows counted in this store. labels: (M + 1, S, S) uint8 on the device; its
     last row is IGNORED throughout, so that row -1 stands for "no expert label". what: printed with the size
-    and place.
+    and place. place: "device", "host" or "file"; by default where they fit.
     """
 
-    def __init__(self, cache, cases, device, what=None):
+    def __init__(self, cache, cases, device, what=None, place=None):
         self.cache, self.device = cache, device
         ranges = [(case.first, case.first + case.slices * case.frames) for case in cases]
         label_ranges = [(c.first_label, c.first_label + 2 * c.slices) for c in cases if c.labelled]
         rows = sum(stop - start for start, stop in ranges)
         shape = (rows, cache.size, cache.size)
-        place = _place(rows * cache.size**2 * 2, device)
+        place = place or _place(rows * cache.size**2 * 2, device)
         if place == "file":
             self._rows = torch.cat([torch.arange(*each) for each in ranges])
-            self._file = None
+            self._offset, self._file = cache.offset("images"), None
         else:
             images = np.empty(shape, np.float16)
             cache.read("images", ranges, images)
@@ -76,9 +75,12 @@ class SliceStore:
 
     def _from_file(self, rows):
         if self._file is None:  # opened by the process that reads, never handed to another
-            self._file = h5py.File(self.cache.path)["images"]
-        unique, inverse = torch.unique(self._rows[rows], return_inverse=True)
-        return torch.from_numpy(self._file[unique.numpy()])[inverse]
+            self._file = open(self.cache.path, "rb", buffering=0)  # noqa: SIM115
+        slices = np.empty((len(rows), self.cache.size, self.cache.size), np.float16)
+        for slice_, row in zip(slices, self._rows[rows].tolist()):
+            self._file.seek(self._offset + row * slice_.nbytes)
+            self._file.readinto(slice_)
+        return torch.from_numpy(slices)
 
 
 def _rebase(cases):
