@@ -94,7 +94,7 @@ class SegmentationNetwork(nn.Module):
 
 
 def _convolution(before, after):
-    return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.LeakyReLU(0.2))
+    return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.LeakyReLU(0.2, inplace=True))
 
 
 def _double_convolution(before, after):
