@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 import shutil
 
 import numpy as np
@@ -14,6 +15,7 @@ from cardiac.cases import load_labels
 from cardiac.files import write_csv
 from cardiac.losses import IGNORED
 from cardiac.nifti import write_labels
+from cardiac.parts import PARTS, UNKEPT, Parts
 from cardiac.run import choose_device, describe, run_folder, script
 from cardiac.settings import PropagationSettings, RegistrationSettings, parse
 from cardiac.slices import SliceStore
@@ -45,59 +47,73 @@ def main(argv):
             print(
                 f"propagation: {len(cases)} cases, registration of step {trained.step}, on {describe(device)}"
             )
-            propagated, rows = propagate(network, cache, cases, settings, device)
+            parts = Parts(folder / PARTS, made_from)
+            propagated, rows = propagate(network, cache, cases, settings, device, parts)
             columns = (*COLUMNS, "fault") if settings.trust else COLUMNS
             write_csv(folder / "quality.csv", columns, rows)
             report.draw_cine(folder / "cine.gif", cache, cases, propagated)
             propagated.write(path, made_from)  # last: what it is there for is finished
+            shutil.rmtree(parts.folder)
         for case in tqdm(cases, "nifti", unit="case") if settings.nifti else ():
             target = folder / "nifti" / f"{case.code}_sa_propagated.nii.gz"
             if not target.exists():
                 write_labels(target, on_own_grid(cache, case, propagated), case.image)
 
 
-def propagate(network, cache, cases, settings, device):
-    """Propagated labels of all `cases` (a `Propagated`) and the rows of quality.csv."""
-    parts, where, rows, gains = [], [], [], []
-    for case in tqdm(cases, "propagating", unit="case"):
-        store = SliceStore(cache, [case], device)
-        if len(case.expert) == 2:
-            gains.append(propagation.carried_to_es(network, store))
-            before, after = gains[-1]
+def propagate(network, cache, cases, settings, device, parts=UNKEPT):
+    """Propagated labels of all `cases` (a `Propagated`) and the rows of quality.csv.
+
+    parts: where the results of finished cases are kept.
+    """
+    results = parts.results(
+        itertools.starmap, propagate_case, cases, lambda case: (network, cache, case, settings, device)
+    )
+    found = []
+    for case, result in zip(tqdm(cases, "propagating", unit="case"), results):
+        found.append(result)
+        if result["gain"]:
+            before, after = result["gain"]
             tqdm.write(f"{case.code}: Dice of ED's label carried to ES {after:.3f} (identity {before:.3f})")
-        refined = refine(network, store, settings) if settings.refine else network
-        for start, end, frames in propagation.intervals(case, settings.frames):
-            if not frames:
-                continue
-            found = propagation.propagate_interval(refined, store, start, end, frames, settings.trust)
-            for f, z in np.ndindex(found.confidence.shape):
-                row = {"case": case.code, "vendor": case.vendor, "frame": frames[f], "slice": z}
-                row |= {"source": found.source[f][z], "confidence": float(found.confidence[f, z])}
-                row |= {"folding_percent": float(found.folding[f, z]), "fault": found.fault[f][z]}
-                rows.append({**row, "kept": int(bool(row["source"] and not row["fault"]))})
-                if rows[-1]["kept"]:
-                    where.append((case.code, frames[f], z))
-                    parts.append(
-                        [
-                            each[f, z]
-                            for each in (found.labels, found.confidence, found.trust)
-                            if each is not None
-                        ]
-                    )
+    gains = [result["gain"] for result in found if result["gain"]]
     if gains:
         before, after = np.mean(gains, axis=0)
-        print(
-            f"ED's label carried to ES, {len(gains)} patients: mean Dice {after:.3f}, identity {before:.3f}"
-        )
-    labels, confidence, *trust = zip(*parts) if parts else ((), ())
-    if not parts:
-        print("no frame lies between ED and ES: nothing is propagated, and the files are empty")
+        print(f"ED's label carried to ES, {len(gains)} patients: Dice {after:.3f}, identity {before:.3f}")
+    rows = [row for result in found for row in result["rows"]]
+    kept = [row for row in rows if row["kept"]]
+    confidence = np.array([row["confidence"] for row in kept], np.float32)
+    if kept:
+        print(f"{len(kept)} slices propagated, mean confidence {confidence.mean():.3f}, "
+              f"{len(rows) - len(kept)} left out (no label at ED, or kept = 0 in quality.csv)")  # fmt: skip
     else:
-        print(f"{len(labels)} slices propagated, mean confidence {np.mean(confidence):.3f}, "
-              f"{len(rows) - len(labels)} left out (no label at ED, or kept = 0 in quality.csv)")  # fmt: skip
-    shape = (-1, cache.size, cache.size)
-    maps = [np.array(each, np.uint8).reshape(shape) for each in (labels, *trust)]
-    return propagation.Propagated(maps[0], where, np.array(confidence, np.float32), *maps[1:]), rows
+        print("no frame lies between ED and ES: nothing is propagated, and the files are empty")
+    labels, trust = (np.concatenate([result[name] for result in found]) for name in ("labels", "trust"))
+    where = [(row["case"], row["frame"], row["slice"]) for row in kept]
+    return propagation.Propagated(labels, where, confidence, trust if settings.trust else None), rows
+
+
+def propagate_case(network, cache, case, settings, device):
+    """What propagation gives to one case: its rows of quality.csv, the labels and trust (N, S, S) of the N
+    slices kept, and the Dice of ED's label with ES's as it is and carried, or None where one is not known.
+    """
+    store = SliceStore(cache, [case], device)
+    gain = propagation.carried_to_es(network, store) if len(case.expert) == 2 else None
+    if settings.refine:
+        network = refine(network, store, settings)
+    rows, maps = [], [np.zeros((2, 0, cache.size, cache.size), np.uint8)]
+    for start, end, frames in propagation.intervals(case, settings.frames):
+        if not frames:
+            continue
+        found = propagation.propagate_interval(network, store, start, end, frames, settings.trust)
+        kept = np.zeros(found.confidence.shape, bool)
+        for f, z in np.ndindex(kept.shape):
+            kept[f, z] = found.source[f][z] and not found.fault[f][z]
+            row = {"case": case.code, "vendor": case.vendor, "frame": frames[f], "slice": z}
+            row |= {"source": found.source[f][z], "confidence": float(found.confidence[f, z])}
+            row |= {"folding_percent": float(found.folding[f, z]), "kept": int(kept[f, z])}
+            rows.append({**row, "fault": found.fault[f][z]})
+        maps.append(np.stack([found.labels[kept], found.trust[kept]]))
+    labels, trust = np.concatenate(maps, axis=1)
+    return {"rows": rows, "gain": gain, "labels": labels, "trust": trust}
 
 
 def refine(network, store, settings):

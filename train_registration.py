@@ -11,6 +11,7 @@ from cardiac.augment import augment_pairs
 from cardiac.cache import open_cache
 from cardiac.files import write_csv
 from cardiac.metrics import dice
+from cardiac.parallel import from_first, in_first
 from cardiac.parts import PARTS, Parts
 from cardiac.run import choose_device, describe, run_folder, script
 from cardiac.settings import RegistrationSettings, parse
@@ -87,9 +88,9 @@ class Registration:
 def main(argv):
     settings = parse(RegistrationSettings, argv, __doc__, own=("registration",))
     device = choose_device(settings.device)
-    cache = open_cache(settings)
+    cache = from_first(open_cache, settings)
     training, validation, _ = cache.training_and_validation(settings.seed)
-    with run_folder(settings, "registration", cache.cases) as folder:
+    with in_first(run_folder(settings, "registration", cache.cases)) as folder:
         stores = (
             SliceStore(cache, training, device, "training"),
             SliceStore(cache, validation, device, "validation"),

@@ -11,6 +11,7 @@ from cardiac.augment import augment_slices
 from cardiac.cache import PREPROCESSING, open_cache
 from cardiac.files import InputError, read_json
 from cardiac.metrics import dice
+from cardiac.parallel import from_first, in_first
 from cardiac.propagation import Propagated, made_from
 from cardiac.run import choose_device, describe, run_folder, script
 from cardiac.settings import SegmentationSettings, parse
@@ -92,7 +93,7 @@ def main(argv):
         folders = {settings.labels: folders[settings.labels]}
     elif propagated is None:
         folders.pop("propagated")
-    cache = open_cache(settings)
+    cache = from_first(open_cache, settings)
     training, validation, unseen = cache.training_and_validation(settings.seed)
     training = [case for case in training if case.labelled]
     store = SliceStore(cache, training, device, "training")
@@ -100,7 +101,7 @@ def main(argv):
     for name, place in folders.items():
         extra = propagated if name == "propagated" else None
         labels = made_from(settings.out / "propagation" / "labels.h5") if extra else None
-        with run_folder(settings, place, cache.cases, labels) as folder:
+        with in_first(run_folder(settings, place, cache.cases, labels)) as folder:
             slices = LabelledSlices(store, extra, settings.expert_share)
             print(f"{name}: {slices.expert} expert slices + {len(slices) - slices.expert} propagated, "
                   f"{settings.total_steps} steps of {settings.batch_size} on {describe(device)}")  # fmt: skip

@@ -2,7 +2,8 @@
 in.
 
 Every function draws from a CPU generator (`slices.step_generator`), so that the draws of a step are the same
-on every device, and takes a batch whole: no loop over samples.
+on every device, and takes a batch whole: no loop over samples. Processes that share a batch draw for the
+whole of it and keep their part.
 """
 
 import math
@@ -10,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from cardiac.parallel import processes, share
 from cardiac.slices import PairBatch, step_generator
 from cardiac.warp import warp
 
@@ -21,7 +23,8 @@ def spatial_displacement(generator, batch, size, device, rotation=180, scale=0.2
     standard deviation, pixels, of displacements drawn 8 x 8 and interpolated. Half of the samples are
     mirrored: hearts lie in all orientations across scanners, and a mirrored one is as hard to outline.
     """
-    draw = torch.rand(6, batch, generator=generator) * 2 - 1
+    whole = batch * processes()
+    draw = share(torch.rand(6, whole, generator=generator), 1) * 2 - 1
     angle = draw[0] * math.radians(rotation)
     along, across = (torch.exp(draw[k] * scale) for k in (1, 2))
     across = torch.where(draw[3] < 0, -across, across)
@@ -30,7 +33,7 @@ def spatial_displacement(generator, batch, size, device, rotation=180, scale=0.2
         batch, 2, 2
     )
     offset = draw[4:].T * shift * size
-    coarse = torch.randn(batch, 2, 8, 8, generator=generator) * elastic
+    coarse = share(torch.randn(whole, 2, 8, 8, generator=generator)) * elastic
     matrix, offset, coarse = (each.to(device, non_blocking=True) for each in (matrix, offset, coarse))
 
     axis = torch.arange(size, device=device) - (size - 1) / 2
@@ -56,10 +59,10 @@ def vary_intensity(generator, images, gamma=0.5, contrast=0.3, bias=0.4, blur=1.
     of offset; bias: log-amplitude of a smooth shading by the coils; blur: standard deviation, pixels; noise:
     of a Rician magnitude, drawn anew for every pixel, last as in the scanner's chain.
     """
-    batch, _, height, width = images.shape
-    device = images.device
-    draw = torch.rand(6, batch, 1, 1, 1, generator=generator)
-    coarse = torch.randn(batch, 1, 3, 3, generator=generator)
+    batch, channels, height, width = images.shape
+    device, whole = images.device, batch * processes()
+    draw = share(torch.rand(6, whole, 1, 1, 1, generator=generator), 1)
+    coarse = share(torch.randn(whole, 1, 3, 3, generator=generator))
     seed = torch.randint(2**31, (), generator=generator).item()
     draw, coarse = draw.to(device, non_blocking=True), coarse.to(device, non_blocking=True)
     spread = 2 * draw - 1
@@ -74,7 +77,8 @@ def vary_intensity(generator, images, gamma=0.5, contrast=0.3, bias=0.4, blur=1.
         before, after = (torch.roll(images, (s * shift[0], s * shift[1]), (2, 3)) for s in (-1, 1))
         images = (images + tap * (before + after)) / (1 + 2 * tap)
     pixels = torch.Generator(device).manual_seed(seed)  # many numbers: drawn where they are needed
-    real, imaginary = torch.randn(2, *images.shape, generator=pixels, device=device) * (noise * draw[5])
+    normal = torch.randn(2, whole, channels, height, width, generator=pixels, device=device)
+    real, imaginary = share(normal, 1) * (noise * draw[5])
     return torch.hypot(images + real, imaginary).clamp(0, 1.5)
 
 

@@ -12,6 +12,7 @@ The datasets differ in three ways, which only `_mms_case` and `_acdc_case` know:
 import collections
 import csv
 import gzip
+import io
 import logging
 import math
 import os
@@ -203,17 +204,19 @@ def spacing_of(header, path):
 def read_image(path, dimensions=(4,)):
     """The voxels of an image, float32; InputError where they are not finite, or all the same."""
     image = _read_voxels(path, read_header(path, dimensions)).astype(np.float32, copy=False)
-    if not np.isfinite(image).all():
+    low, high = image.min(), image.max()  # NaN where any voxel is
+    if not (np.isfinite(low) and np.isfinite(high)):
         raise _fault(path, "NaN or infinite voxels; export it again")
-    if image.min() == image.max():
-        raise _fault(path, f"constant image ({image.min():g} everywhere); download it again")
+    if low == high:
+        raise _fault(path, f"constant image ({low:g} everywhere); download it again")
     return image
 
 
 def _read_voxels(path, header):
     """Voxels in the units of the image: as stored, or scaled to floats where the header has a scale."""
     try:
-        with _open(path) as file:
+        size = math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
+        with _open_whole(path, int(header["vox_offset"]) + size) as file:
             proxy = nib.arrayproxy.ArrayProxy(file, header, mmap=False)
             plain = header.get_slope_inter() in ((None, None), (1, 0))
             voxels = proxy.get_unscaled() if plain else np.asarray(proxy, np.float32)
@@ -231,6 +234,17 @@ def _open(path):
     return gzip.open(path) if _is_gzip(path) else open(path, "rb")
 
 
+def _open_whole(path, size):
+    """`_open` for a file of which `size` bytes are to be read: unpacked at once, in half the time."""
+    if _is_gzip(path):
+        unpacker = zlib.decompressobj(zlib.MAX_WBITS | 16)  # gzip
+        content = unpacker.decompress(Path(path).read_bytes(), size)
+        unpacker.decompress(unpacker.unconsumed_tail, 1)  # the end, where its checksum is compared
+        if unpacker.eof and len(content) == size:
+            return io.BytesIO(content)
+    return _open(path)  # not packed, in several parts, or not what its header says
+
+
 # -------------------------------------------------------------------------------------------------- labels
 
 
@@ -238,7 +252,7 @@ def load_labels(case):
     """Expert labels {frame: uint8 (X, Y, Z)}; InputError unless ED and ES, and no other frame, have any."""
     if not case.labels:
         return {}
-    volumes = [np.array(case.label_order, np.uint8)[read_label_values(path)] for path in case.labels]
+    volumes = [read_label_values(path) for path in case.labels]
     if len(volumes) == 1:
         labels = {t: volumes[0][..., t] for t in range(case.shape[3])}
     else:
@@ -250,16 +264,17 @@ def load_labels(case):
         where = f"frame {_join(present)}" if present else "no frame"
         what += f": labels in {where}, but ED is {case.ed} and ES {case.es} (from 0); mend either"
         raise _fault(case.labels[0], what)
-    return {t: labels[t] for t in present}
+    order = np.array(case.label_order, np.uint8)
+    return {t: order[labels[t]] for t in present}
 
 
 @np.errstate(all="ignore")
 def read_label_values(path):
     """Values of a label file as uint8, each one of 0, 1, 2, 3."""
     voxels = _read_voxels(path, read_header(path, (3, 4)))
-    values = voxels.astype(np.uint8)
-    unknown = (values != voxels) | (values > len(LABELS))
-    if unknown.any():
+    values = voxels.astype(np.uint8, copy=False)
+    if (values is not voxels and (values != voxels).any()) or values.max() > len(LABELS):
+        unknown = (values != voxels) | (values > len(LABELS))
         examples = ", ".join(f"{value:g}" for value in np.unique(voxels[unknown])[:4])
         raise _fault(path, f"unknown label {examples}; labels are 0, 1, 2 and 3")
     return values

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from cardiac import CLASSES
+from cardiac import CLASSES, parallel
 
 IGNORED = 255  # the label of a pixel that nobody labelled
 
@@ -57,12 +57,13 @@ def overlap_loss(warped, fixed, labelled):
 
     The mean over regions that both slices show, in samples with two expert labels: a region that one of two
     slices lacks (apex, base) has nothing to be carried onto and is left out, not scored 0. 0 where no region
-    is left.
+    is left. Processes that share a batch divide by their mean count, so that the mean of their losses is that
+    of the whole batch; they must all call this.
     """
     areas = warped.sum((-2, -1)), fixed.sum((-2, -1))
     counted = labelled[:, None] & (areas[0] > 0) & (areas[1] > 0)
     dice = 2 * (warped * fixed).sum((-2, -1)) / (areas[0] + areas[1]).clamp(min=1e-6)
-    return ((1 - dice) * counted).sum() / counted.sum().clamp(min=1)
+    return ((1 - dice) * counted).sum() / parallel.mean(counted.sum()).clamp(min=1 / parallel.processes())
 
 
 def difference_loss(warped, fixed, labelled):
@@ -70,10 +71,12 @@ def difference_loss(warped, fixed, labelled):
     (B,) bool.
 
     Over samples with two expert labels. Unlike `overlap_loss` it counts every pixel alike, and a region that
-    the fixed slice lacks, which the base has left, shrinks as far as a diffeomorphism can.
+    the fixed slice lacks, which the base has left, shrinks as far as a diffeomorphism can. For processes that
+    share a batch as there.
     """
     difference = (warped - fixed).square().mean((1, 2, 3))
-    return (difference * labelled).sum() / labelled.sum().clamp(min=1)
+    count = parallel.mean(labelled.sum()).clamp(min=1 / parallel.processes())
+    return (difference * labelled).sum() / count
 
 
 def cross_entropy(logits, labels, trust=None):

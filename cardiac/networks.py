@@ -117,14 +117,19 @@ def _double_convolution(before, after):
     return nn.Sequential(*layers)
 
 
+def _inference_batch(images):
+    """Slices at a time: many fill a GPU; on the CPU the activations of few stay in the cache."""
+    return 64 if images.is_cuda else 4
+
+
 @torch.no_grad()
-def register(network, moving, fixed, labels, batch_size=64):
+def register(network, moving, fixed, labels, batch_size=None):
     """The displacements (B, 2, H, W), pixels, that carry `moving` onto `fixed`, both (B, 1, H, W), in
     batches.
 
     labels: (B, H, W) of `moving`, IGNORED where they are not known, for a network that is guided by them.
     """
-    parts = []
+    parts, batch_size = [], batch_size or _inference_batch(moving)
     for slices in zip(*(each.split(batch_size) for each in (moving, fixed, one_hot(labels)))):
         with torch.autocast(moving.device.type, torch.bfloat16, enabled=moving.is_cuda):
             velocity = network(*(each.contiguous(memory_format=torch.channels_last) for each in slices))
@@ -133,9 +138,9 @@ def register(network, moving, fixed, labels, batch_size=64):
 
 
 @torch.no_grad()
-def segment(network, images, batch_size=64):
+def segment(network, images, batch_size=None):
     """Softmax probabilities (B, 4, H, W) of slices (B, 1, H, W), float32, in batches."""
-    parts = []
+    parts, batch_size = [], batch_size or _inference_batch(images)
     for part in images.split(batch_size):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
             logits = network(part.contiguous(memory_format=torch.channels_last))

@@ -194,7 +194,7 @@ class Result:
     """What propagation gives to successive frames of a case, numpy."""
 
     labels: np.ndarray  # (F, Z, S, S) uint8
-    trust: np.ndarray | None  # (F, Z, S, S) uint8, 255 for 1
+    trust: np.ndarray  # (F, Z, S, S) uint8, 255 for 1
     confidence: np.ndarray  # (F, Z), NaN in slices without a source: unlabelled, not background
     folding: np.ndarray  # (F, Z) percent
     source: list  # (F, Z) of "ED", "ES", "ED+ES", ""
@@ -216,7 +216,7 @@ def propagate_interval(network, store, start, end, frames, trusted):
     span = (case.phases[end] - case.phases[start]) % case.frames
     elapsed = torch.tensor([(frame - case.phases[start]) % case.frames / span for frame in frames])
     elapsed = elapsed.to(store.device)
-    fault, certainty = [[""] * case.slices for _ in frames], None
+    fault = [[""] * case.slices for _ in frames]
     if trusted:
         regions, certainty, sources = trust.fuse(carried, {start: 1 - elapsed, end: elapsed})
         labels = harden(regions)
@@ -224,10 +224,10 @@ def propagate_interval(network, store, start, end, frames, trusted):
         fault = trust.faults(labels, ends, elapsed, folding, store.cache.spacing**2)
         heart = trust.local_mean((regions.sum(2) > 0.05).flatten(0, 1).float()).view_as(certainty)
         confidence = (certainty * heart).sum((-2, -1)) / heart.sum((-2, -1))
-        certainty = (255 * certainty).round().to(torch.uint8).cpu().numpy()
     else:
         ((phase, only),) = carried.items()
         labels, confidence = harden(only.regions), only.confidence
+        certainty = torch.ones_like(only.cycle)
         sources = {phase: only.present.expand(len(frames), -1)}
     none = ~torch.stack(list(sources.values())).any(0)
     confidence, folding = (torch.where(none, torch.nan, each).cpu().numpy() for each in (confidence, folding))
@@ -235,7 +235,8 @@ def propagate_interval(network, store, start, end, frames, trusted):
     named = [
         ["+".join(p for p in masks if masks[p][f][z]) for z in range(case.slices)] for f in range(len(frames))
     ]
-    return Result(labels.cpu().numpy(), certainty, confidence, folding, named, fault)
+    certainty = (255 * certainty).round().to(torch.uint8)
+    return Result(labels.cpu().numpy(), certainty.cpu().numpy(), confidence, folding, named, fault)
 
 
 def _dilate(masks, pixels):

@@ -12,6 +12,7 @@ from concurrent.futures import BrokenExecutor
 
 import torch
 
+from cardiac import parallel
 from cardiac.files import InputError, locked, read_json, write_json
 from cardiac.parts import PARTS
 
@@ -30,7 +31,7 @@ def script(main):
     """Turn `main(argv)` into a script's entry: what the user must mend is one line on stderr, exit code 2.
 
     Ctrl-C exits with 130 and SIGTERM with 143, as shells count; both unwind the stack, so that temporary
-    files go and the training loop saves.
+    files go and the training loop saves. Under torchrun the first process speaks for all.
     """
 
     @functools.wraps(main)
@@ -42,10 +43,12 @@ def script(main):
             raise WAYS_OUT[number]
 
         try:
-            with _handlers(leave):
+            with _handlers(leave), parallel.joined():
                 main(argv)
             return 0
         except BaseException as error:
+            if parallel.RANK and "closed by peer" in str(error):
+                return 1  # the first process has left and says why
             # compiled code that the signal hit may have made another exception of it
             found = _last_words(WAYS_OUT[arrived[0]]() if arrived else error)
             if not found:
@@ -55,7 +58,8 @@ def script(main):
             message += "; the same command goes on from here"
             if "--overwrite" in (sys.argv if argv is None else argv):
                 message += ", without --overwrite"
-        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+        if parallel.RANK == 0:
+            print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
         return code
 
     return entry
@@ -116,13 +120,15 @@ def deferred_signals():
 
 
 def choose_device(name):
-    """The torch device for `--device auto|cpu|cuda`."""
+    """The torch device for `--device auto|cpu|cuda`; under torchrun each process has a card of its own."""
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError(
             "--device cuda: this machine has no CUDA device that torch can use; try --device auto"
         )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        torch.cuda.set_device(parallel.LOCAL_RANK)
     return torch.device(name)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from cardiac.files import InputError, Parser, read_json
+from cardiac.parallel import processes
 
 
 def setting(default, help, **options):
@@ -79,6 +80,11 @@ class Settings:
             value = getattr(self, name, 0)
             if not 0 <= value <= largest:
                 raise InputError(f"--{name.replace('_', '-')} {value}: must lie from 0 to {largest}")
+        batch, shares = getattr(self, "batch_size", None), processes()
+        if shares > 1 and batch is None:
+            raise InputError("this script is one process; torchrun is for the training scripts")
+        if shares > 1 and batch % shares:
+            raise InputError(f"--batch-size {batch}: {shares} processes cannot share it in equal parts")
 
 
 @dataclass
@@ -99,6 +105,7 @@ class TrainingSettings(Settings):
     patience: int = setting(
         10, "epochs without a lower validation loss before the learning rate is cut to a tenth"
     )
+    profile: bool = setting(False, "write a trace of a few steps to the run's folder, print what takes time")
 
     @property
     def total_steps(self):
@@ -207,6 +214,7 @@ HERE = (
     "workers",
     "overwrite",
     "labels",
+    "profile",
 )  # a matter of this call, never taken
 BUDGET = ("epochs", "max_steps", "nifti", "skip_bad")  # taken, but a typed one may differ: the run goes on
 

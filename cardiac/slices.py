@@ -1,17 +1,18 @@
 """The cache as tensors where they are needed, and the batches that both networks draw from it.
 
 Everything a step draws comes from a generator seeded by (seed, step) alone: a resumed run draws what an
-uninterrupted one would have, without a random state in the checkpoint.
+uninterrupted one would have, without a random state in the checkpoint. Processes that share a batch each draw
+the whole of it, in numbers, and read their part.
 """
 
 import dataclasses
 import os
 
-import h5py
 import numpy as np
 import torch
 
 from cardiac.losses import IGNORED
+from cardiac.parallel import ON_THIS_HOST, share
 
 
 def step_generator(seed, step):
@@ -25,19 +26,19 @@ class SliceStore:
 
     cases: the cases, with their rows counted in this store. labels: (M + 1, S, S) uint8 on the device; its
     last row is IGNORED throughout, so that row -1 stands for "no expert label". what: printed with the size
-    and place.
+    and place. place: "device", "host" or "file"; by default where they fit.
     """
 
-    def __init__(self, cache, cases, device, what=None):
+    def __init__(self, cache, cases, device, what=None, place=None):
         self.cache, self.device = cache, device
         ranges = [(case.first, case.first + case.slices * case.frames) for case in cases]
         label_ranges = [(c.first_label, c.first_label + 2 * c.slices) for c in cases if c.labelled]
         rows = sum(stop - start for start, stop in ranges)
         shape = (rows, cache.size, cache.size)
-        place = _place(rows * cache.size**2 * 2, device)
+        place = place or _place(rows * cache.size**2 * 2, device)
         if place == "file":
             self._rows = torch.cat([torch.arange(*each) for each in ranges])
-            self._file = None
+            self._offset, self._file = cache.offset("images"), None
         else:
             images = np.empty(shape, np.float16)
             cache.read("images", ranges, images)
@@ -80,9 +81,12 @@ class SliceStore:
 
     def _from_file(self, rows):
         if self._file is None:  # opened by the process that reads, never handed to another
-            self._file = h5py.File(self.cache.path)["images"]
-        unique, inverse = torch.unique(self._rows[rows], return_inverse=True)
-        return torch.from_numpy(self._file[unique.numpy()])[inverse]
+            self._file = open(self.cache.path, "rb", buffering=0)  # noqa: SIM115
+        slices = np.empty((len(rows), self.cache.size, self.cache.size), np.float16)
+        for slice_, row in zip(slices, self._rows[rows].tolist()):
+            self._file.seek(self._offset + row * slice_.nbytes)
+            self._file.readinto(slice_)
+        return torch.from_numpy(slices)
 
 
 def _rebase(cases):
@@ -100,7 +104,7 @@ def _place(size, device):
     """Where `size` bytes of slices go, leaving room for the network: "device", "host" or "file"."""
     if device.type == "cuda" and size < 0.6 * torch.cuda.mem_get_info(device)[0]:
         return "device"
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ON_THIS_HOST
     if size < 0.6 * available:
         return "device" if device.type == "cpu" else "host"
     return "file"
@@ -137,10 +141,10 @@ class Pairs:
         self.table = torch.tensor(columns).T
 
     def draw(self, batch_size, seed, step):
-        """The pairs of one step: a `PairBatch`."""
+        """This process's share of the pairs of one step: a `PairBatch`."""
         generator = step_generator(seed, step)
-        which = torch.randint(self.table.shape[1], (batch_size,), generator=generator)
-        chance = torch.rand(4, batch_size, generator=generator)
+        which = share(torch.randint(self.table.shape[1], (batch_size,), generator=generator))
+        chance = share(torch.rand(4, batch_size, generator=generator), 1)
         first, stride, frames, ed, es, ed_label, es_label = self.table[:, which]
         labelled = (ed_label >= 0) & (es_label >= 0)
         anchor = torch.where(ed >= 0, ed, (chance[0] * frames).long())
@@ -192,7 +196,9 @@ class LabelledSlices:
         return len(self.rows)
 
     def draw(self, batch_size, seed, step):
-        """The slices of one step: images (B, 1, S, S), labels and trust (B, S, S) uint8, 255 for 1."""
+        """This process's share of the slices of one step: images (B, 1, S, S), labels and trust (B, S, S)
+        uint8, 255 for 1.
+        """
         generator = step_generator(seed, step)
         which = torch.randint(len(self), (batch_size,), generator=generator)
         propagated = len(self) - self.expert
@@ -200,6 +206,7 @@ class LabelledSlices:
             chance = torch.rand(2, batch_size, generator=generator)
             one, other = (chance[1] * count for count in (self.expert, propagated))
             which = torch.where(chance[0] < self.expert_share, one, self.expert + other).long()
+        which = share(which)
         trust = torch.where(which < self.expert, -1, which - self.expert).clamp(max=len(self.trust) - 1)
         images = self.store.images(self.rows[which])
         which, trust = (each.to(self.store.device, non_blocking=True) for each in (which, trust))

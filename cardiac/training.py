@@ -18,7 +18,8 @@ from typing import Protocol
 import torch
 from tqdm import tqdm
 
-from cardiac.files import InputError, write_bytes, write_csv
+from cardiac import parallel
+from cardiac.files import InputError, replacing, write_bytes, write_csv
 from cardiac.run import deferred_signals
 
 READ_EVERY = 20  # steps between two looks at the losses: each look waits for the device
@@ -32,7 +33,7 @@ class Task(Protocol):
     network: torch.nn.Module
 
     def draw(self, step):
-        """What step `step` (from 0) is trained on; depends on (seed, step) alone."""
+        """This process's share of what step `step` (from 0) is trained on; depends on (seed, step) alone."""
 
     def losses(self, batch):
         """A dict of scalar tensors. "loss" is minimised, the others are logged."""
@@ -59,8 +60,10 @@ def fit(task, settings, folder, device, outcome="curves.png"):
 
     Writes last.pt, best.pt and log.csv there. On the CPU a resumed run equals an uninterrupted one bit for
     bit. outcome: the file that the script writes last; it is removed when training goes on. Returns whether
-    it is still to be made. Raises InputError when the loss is no longer finite; last.pt is from before that.
+    it is still to be made, in the first of several processes (`parallel.py`), which alone validates and
+    writes. Raises InputError when the loss is no longer finite; last.pt is from before that.
     """
+    first = parallel.RANK == 0
     network = task.network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), lr=settings.lr)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=settings.patience)
@@ -75,7 +78,7 @@ def fit(task, settings, folder, device, outcome="curves.png"):
             f"{folder}: finished at step {progress.step}; a larger --max-steps or --epochs goes on",
             flush=True,
         )
-        return not (folder / outcome).exists()
+        return first and not (folder / outcome).exists()
     (folder / outcome).unlink(missing_ok=True)
     # the last epoch of a run that --max-steps cut short goes on as if it had not been
     progress.rows = [row for row in progress.rows if row["step"] % settings.steps_per_epoch == 0]
@@ -83,6 +86,8 @@ def fit(task, settings, folder, device, outcome="curves.png"):
         progress.best = -math.inf
 
     def save(name="last.pt"):
+        if not first:
+            return
         meter.read()
         if not all(weight.isfinite().all() for weight in network.parameters()):
             raise InputError(f"the weights are not finite after step {progress.step}; {HELP}")
@@ -90,8 +95,14 @@ def fit(task, settings, folder, device, outcome="curves.png"):
         write_checkpoint(folder / name, {**state, "progress": dataclasses.asdict(progress)})
         meter.saved = time.perf_counter()
 
+    def validate():
+        network.eval()
+        with torch.no_grad(), average.applied():
+            return task.validate()
+
     meter = Meter(progress, total, settings.batch_size, device)
-    with deferred_signals() as leave_if_asked, meter.bar:
+    profiler = profile_steps(folder, meter.bar) if settings.profile and first else contextlib.nullcontext()
+    with deferred_signals() as leave_if_asked, meter.bar, profiler:
         while progress.step < total:
             network.train()
             with meter.waiting():
@@ -100,17 +111,18 @@ def fit(task, settings, folder, device, outcome="curves.png"):
                 losses = task.losses(batch)
             optimizer.zero_grad()
             losses["loss"].backward()
+            losses = parallel.average(network, losses)
             optimizer.step()
             progress.step += 1
             average.update(progress.step)
             meter.add(losses)
+            if settings.profile and first:
+                profiler.step()
 
             epoch_ends = progress.step % settings.steps_per_epoch == 0
             if epoch_ends or progress.step == total:
                 means = meter.read()
-                network.eval()
-                with torch.no_grad(), average.applied():
-                    scores = task.validate()
+                scores = parallel.from_first(validate)
                 learning_rate = optimizer.param_groups[0]["lr"]
                 progress.rows.append(
                     {
@@ -130,13 +142,15 @@ def fit(task, settings, folder, device, outcome="curves.png"):
                     progress.best = scores["score"]
                     with average.applied():
                         save("best.pt")
-                write_csv(folder / "log.csv", list(progress.rows[-1]), progress.rows)
+                if first:
+                    write_csv(folder / "log.csv", list(progress.rows[-1]), progress.rows)
                 meter.show(scores)
                 save()
             elif time.perf_counter() - meter.saved > SAVE_EVERY:
                 save()
-            leave_if_asked(save)
-    return True
+            if first:  # the others would leave it alone in the middle of a step
+                leave_if_asked(save)
+    return first
 
 
 class WeightAverage:
@@ -156,12 +170,15 @@ class WeightAverage:
         if not self.decay:
             return
         decay = min(self.decay, step / (step + 10))
-        for name, value in self.network.state_dict().items():
-            kept = self.average.get(name)
-            if kept is None or not value.is_floating_point():
-                self.average[name] = value.clone()
-            else:
-                kept.lerp_(value, 1 - decay)
+        current = self.network.state_dict()
+        if not self.average:
+            self.average = {name: value.clone() for name, value in current.items()}
+        pairs = [(self.average[name], value) for name, value in current.items()]
+        kept, new = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
+        torch._foreach_lerp_(kept, new, 1 - decay)  # one launch for all, not one a tensor
+        for count, value in pairs:
+            if not count.is_floating_point():
+                count.copy_(value)
 
     @contextlib.contextmanager
     def applied(self):
@@ -182,6 +199,8 @@ class WeightAverage:
 
     def load_state_dict(self, state):
         """From the checkpoint."""
+        if state and state.keys() != self.network.state_dict().keys():
+            raise ValueError("the average is of another network")
         self.average = dict(state)
 
 
@@ -205,7 +224,8 @@ class Meter:
     def waiting(self):
         """Time a block as waiting for data."""
         start = time.perf_counter()
-        yield
+        with torch.profiler.record_function("waiting for data"):
+            yield
         self.waited += time.perf_counter() - start
 
     def add(self, losses):
@@ -268,6 +288,25 @@ class Meter:
             f"about {left / 60:.1f} minutes for {self.bar.total - self.progress.step} more steps, "
             f"{self.batch_size / seconds:.0f} samples/s, peak memory {peak_memory(self.device) / 1e9:.1f} GB"
         )
+
+
+def profile_steps(folder, bar):
+    """A profiler of five steps, a few after the start; writes `folder`/trace.json and prints what takes time.
+
+    To be called `.step()` once a step. The trace is for chrome://tracing or https://ui.perfetto.dev.
+    """
+
+    def report(profiler):
+        with replacing(folder / "trace.json") as temporary:
+            profiler.export_chrome_trace(str(temporary))
+        cuda = torch.cuda.is_available()
+        table = profiler.key_averages().table(
+            f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=12, max_name_column_width=40
+        )
+        bar.write(f"{table}\n{folder / 'trace.json'}: five steps, for https://ui.perfetto.dev")
+
+    steps = torch.profiler.schedule(wait=3, warmup=2, active=5, repeat=1)
+    return torch.profiler.profile(schedule=steps, on_trace_ready=report, acc_events=True)
 
 
 def peak_memory(device):

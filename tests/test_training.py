@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -355,6 +356,18 @@ def test_the_log_has_a_row_an_epoch_with_means_of_the_losses(tmp_path, whole):
 
     train(tmp_path, Recorder(), max_steps=4)
     assert float(rows[0]["loss"]) == pytest.approx(sum(losses) / 4, abs=1e-5)
+
+
+def test_a_trace_of_a_few_steps_changes_nothing_and_is_mentioned(tmp_path, whole, capsys):
+    train(tmp_path, profile=True)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    steps = [event for event in events if str(event.get("name")).startswith("ProfilerStep#")]
+    assert len(steps) == 5
+    assert any(event.get("name") == "waiting for data" for event in events)
+    printed = "".join(capsys.readouterr())
+    assert "trace.json" in printed
+    assert "convolution" in printed
+    assert_equal_runs(tmp_path, whole)
 
 
 # ------------------------------------------------------------------------------------------ what goes wrong

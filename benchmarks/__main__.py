@@ -1,0 +1,127 @@
+"""Rewrites the tables and the picture of docs/benchmarks.md: `python -m benchmarks [SECTION ...]`.
+
+Sections: registration, segmentation, data, scale; without names all of them. The end of the page, written by
+hand, stays. Needs `pip install -e '.[bench]'` and `pip install --no-deps voxelmorph==0.2`.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+from importlib import import_module
+from pathlib import Path
+
+import matplotlib
+import monai
+import torch
+
+from benchmarks.common import ROOT, Row
+from cardiac.run import describe
+
+SECTIONS = ("registration", "segmentation", "data", "scale")
+PAGE, RESULTS, PICTURE = (ROOT / "docs" / f"benchmarks.{kind}" for kind in ("md", "json", "png"))
+BY_HAND = "<!-- from here on written by hand -->"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
+    parser.add_argument("--rounds", type=int, default=7, help="turns of every contestant")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.sections) - set(SECTIONS):
+        parser.error(f"no section {', '.join(sorted(unknown))}")
+    torch.set_num_threads(1)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in arguments.sections or SECTIONS:
+        tables = []
+        for title, text, rows in import_module(f"benchmarks.{name}").sections(arguments.rounds):
+            if isinstance(rows[0], Row):
+                rows = [vars(row) for row in rows]
+            tables.append({"title": title, "text": text, "rows": rows})
+            print(f"\n{title}", *(" | ".join(row) for row in cells(rows)), sep="\n", flush=True)
+        results[name] = {"machine": machine(), "tables": tables}
+    RESULTS.write_text(json.dumps({name: results[name] for name in SECTIONS if name in results}, indent=1))
+    write_page(results)
+    draw(results)
+
+
+def machine():
+    """What it was measured on, and when."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    processor = f"{len(names)} x {names[0]}" if names else platform.machine()
+    return (
+        f"{datetime.date.today()}, {processor}, {describe(device)}, "
+        f"torch {torch.__version__.split('+')[0]}, MONAI {monai.__version__}, "
+        f"Python {platform.python_version()}"
+    )
+
+
+def cells(rows):
+    """The cells of a table, header first: of rows that were measured, or as they are."""
+    if isinstance(rows[0], list):
+        return rows
+    return [("what", "measured", "target", "met"), *(Row(**row).cells() for row in rows)]
+
+
+def write_page(results):
+    """The tables, then what was written by hand."""
+    by_hand = PAGE.read_text().split(BY_HAND)[1] if PAGE.exists() else "\n"
+    lines = [
+        "# Benchmarks",
+        "",
+        "    pip install -e '.[bench]' && pip install --no-deps voxelmorph==0.2 && python -m benchmarks",
+        "",
+        "rewrites the tables and the picture. Every ratio is taken in one process, on one thread, the "
+        "contestants in turn on the same input: the median of the rounds (smallest to largest). On the CPU "
+        "times are those of the processor, where not said otherwise, since the machine is shared. A ratio "
+        "below 1 is ours being faster or smaller.",
+        "",
+        "![measured ratios and their targets](benchmarks.png)",
+        "",
+    ]
+    if not torch.cuda.is_available():
+        lines += ["No GPU was at hand: every figure is of a CPU, and none says anything about one.", ""]
+    for name in SECTIONS:
+        if name not in results:
+            continue
+        for table in results[name]["tables"]:
+            header, *rows = ("| " + " | ".join(row) + " |" for row in cells(table["rows"]))
+            rule = "|---" + "|---:" * (header.count("|") - 2) + "|"
+            lines += [f"## {table['title']}", "", table["text"], "", header, rule, *rows, ""]
+        lines += [f"Measured: {results[name]['machine']}.", ""]
+    PAGE.write_text("\n".join([*lines, BY_HAND]) + by_hand)
+
+
+def draw(results):
+    """Ratios that have a target, as a share of it, on a logarithmic axis: left of 1 the target is met."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    bars, context = [], ""
+    for part in results.values():
+        for table in part["tables"]:
+            for row in (Row(**row) for row in table["rows"] if isinstance(row, dict)):
+                context = row.what if not row.what.startswith("...") else context
+                if row.met is None:
+                    continue
+                shares = [v / row.at_most if row.at_most else row.at_least / v for v in sorted(row.values)]
+                share = row.median / row.at_most if row.at_most else row.at_least / row.median
+                label = row.what.replace("...", context.rsplit(": ", 1)[0]) if "..." in row.what else row.what
+                bars.append((label, max(share, 1e-2), min(shares), max(shares), row.met))
+    figure, axes = plt.subplots(figsize=(10, 0.26 * len(bars) + 1), layout="constrained")
+    for place, (_, share, low, high, met) in enumerate(bars):
+        axes.plot([max(low, 1e-2), max(high, 1e-2)], [place] * 2, color="0.6", lw=4, solid_capstyle="butt")
+        axes.plot(share, place, "o" if met else "s", color="tab:green" if met else "tab:red", ms=6)
+    axes.axvline(1, color="k", lw=1)
+    axes.set(xscale="log", xlabel="measured, as a share of the target's limit: left of the line it is met",
+             yticks=range(len(bars)), yticklabels=[bar[0] for bar in bars])  # fmt: skip
+    axes.tick_params(axis="y", labelsize=7)
+    axes.invert_yaxis()
+    axes.grid(axis="x", which="both", alpha=0.3)
+    figure.savefig(PICTURE, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

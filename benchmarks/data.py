@@ -1,0 +1,171 @@
+"""Building, opening and loading the slice cache, its memory, and training from the file."""
+
+import contextlib
+import gzip
+import io
+import os
+import tempfile
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+
+import train_registration
+from benchmarks.common import CPU, DEVICE, Row, cache_of, in_turn, memory_of, ratio, write_dataset
+from cardiac.cache import open_cache
+from cardiac.settings import RegistrationSettings
+from cardiac.slices import Pairs, SliceStore
+
+
+def settings_for(data, cache, size, spacing=1.25):
+    return RegistrationSettings(data=Path(data), cache=Path(cache), size=size, spacing=spacing, workers=1)
+
+
+def opened(settings):
+    """`open_cache` without what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return open_cache(settings)
+
+
+def build(folder, rounds):
+    """Rows of building against reading and unpacking the same files."""
+    data = write_dataset(folder / "MnM", 4, (256, 216, 10, 25))
+    files = sorted(data.rglob("*.nii.gz"))
+    settings = settings_for(data, folder / "cache", 192)
+
+    def ours():
+        (folder / "cache" / "MnM.h5").unlink(missing_ok=True)
+        opened(settings)
+
+    def nibabel():
+        for path in files:
+            np.asanyarray(nib.load(path).dataobj)
+
+    def unpack():
+        for path in files:
+            gzip.decompress(path.read_bytes())
+
+    times = in_turn({"ours": ours, "nibabel": nibabel, "unpack": unpack}, rounds)
+    return [
+        Row("building the cache, a case", list(times["ours"] / 4), "s"),
+        Row("reading the files with nibabel, a case", list(times["nibabel"] / 4), "s"),
+        ratio("building / reading", times["ours"], times["nibabel"], at_most=1.3),
+        ratio("unpacking alone / reading", times["unpack"], times["nibabel"]),
+    ]
+
+
+def opening(folder, rounds):
+    """Rows of opening a cache of 345 cases of 26 frames and 10 slices."""
+    data = write_dataset(folder / "Many", 345, (24, 24, 10, 26))
+    settings = settings_for(data, folder / "cache", 16, 2.0)
+    slices = sum(case.slices * case.frames for case in opened(settings).cases)
+    times = in_turn({"open": lambda: opened(settings)}, rounds)["open"]
+    return [Row(f"opening a cache of {slices:,} slices, 345 cases", list(times), "s", at_most=1.0)]
+
+
+def loading(folder, rounds):
+    """Rows of loading a cache to the device against reading as many bytes of the file."""
+    cache = cache_of(folder / "load.h5", 6, 25, 10, 192)
+    size = os.path.getsize(cache.path)
+    with open(cache.path, "rb", buffering=0) as file:
+        os.fsync(file.fileno())
+
+        def read():
+            file.seek(0)
+            file.readinto(np.empty(size, np.uint8))
+
+        def load():
+            SliceStore(cache, cache.cases, DEVICE)
+
+        def cold(function):
+            def first():
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                function()
+
+            return first
+
+        warm = in_turn({"load": load, "read": read}, rounds)
+        disk = in_turn({"load": cold(load), "read": cold(read)}, rounds, wall=True)
+    rows = []
+    for where, times in (("the page cache", warm), ("the disk, on the wall", disk)):
+        rows.append(Row(f"loading from {where}", list(size / times["load"] / 1e9), "GB/s"))
+        rows.append(Row("... / reading the file", list(times["read"] / times["load"]), at_least=0.8))
+    return rows
+
+
+def drawing(path, cases):
+    """For `memory_of`: a hundred batches from the file of a simulated dataset, 25 frames of 10 slices."""
+    cache = cache_of(path, cases, 25, 10, 192, empty=True)
+    pairs = Pairs(SliceStore(cache, cache.cases, CPU, place="file"), 0.5)
+    return [lambda: [pairs.draw(16, 0, step) for step in range(100)]]
+
+
+def building(data, folder):
+    """For `memory_of`: building a cache."""
+    return [lambda: opened(settings_for(data, folder, 128))]
+
+
+def memory(folder):
+    """Rows of what a process takes at its peak, small and large."""
+    drawn = {n: memory_of(f"data.drawing({str(folder / f'{n}.h5')!r}, {n})")[0] for n in (35, 345)}
+    built = {}
+    for n in (4, 24):
+        data = write_dataset(folder / f"Memory{n}", n, (128, 128, 8, 12))
+        built[n] = memory_of(f"data.building({str(data)!r}, {str(folder / 'memory')!r})")[0]
+    return [
+        Row("drawing from the file, 35 cases x 25 frames (0.6 GB)", [drawn[35]], "MB"),
+        Row("drawing from the file, 345 cases x 25 frames (6.4 GB)", [drawn[345]], "MB"),
+        Row("... more than with 35 cases", [drawn[345] - drawn[35]], "MB", at_most=20.0),
+        Row("building, 4 cases", [built[4]], "MB"),
+        Row("building, 24 cases", [built[24]], "MB"),
+        Row("... more than with 4 cases", [built[24] - built[4]], "MB", at_most=20.0),
+    ]
+
+
+def from_file(folder, rounds):
+    """Rows of registration steps whose slices are resident, in the file, and in the file on the disk."""
+    cache = cache_of(folder / "small.h5", 6, 20, 8, 112)
+    settings = RegistrationSettings(size=112, spacing=1.75)
+    stores = {place: SliceStore(cache, cache.cases, DEVICE, place=place) for place in ("device", "file")}
+    task = train_registration.Registration(settings, stores["device"], stores["device"])
+    task.network.to(DEVICE, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.Adam(task.network.parameters(), lr=1e-4)
+    count = iter(range(10**6))
+    with open(cache.path, "rb") as file:
+        os.fsync(file.fileno())
+
+        def step(place, disk=False):
+            task.pairs.store = stores[place]
+            if disk:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+                loss = task.losses(task.draw(next(count)))["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        resident = {"device": lambda: step("device")}
+        warm = in_turn({**resident, "file": lambda: step("file")}, 4 * rounds)
+        disk = in_turn({**resident, "file": lambda: step("file", True)}, 4 * rounds, wall=True)
+    return [
+        Row("a step, resident", list(1000 * warm["device"]), "ms"),
+        ratio("from the file, in the page cache / resident", warm["file"], warm["device"], at_most=1.15),
+        ratio("from the disk, on the wall / resident", disk["file"], disk["device"], at_most=1.15),
+    ]
+
+
+def sections(rounds):
+    """(title, what it says, rows) of each table."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        text = "Cines of 256 x 216 x 10 x 25 and their labels, gzipped to half, to 192 x 192; one process."
+        yield "Cache: building", text, build(folder, rounds)
+        text = "Headers read, sources compared, index read. Slices of 16 x 16, since none is read."
+        yield "Cache: opening", text, opening(folder, rounds)
+        text = "1,500 slices of 192 x 192 into new memory."
+        yield "Cache: loading", text, loading(folder, rounds)
+        text = "What the work adds to a process of its own. The large dataset is a sparse file: simulated."
+        yield "Memory", text, memory(folder)
+        text = "Registration, 16 pairs of 112 x 112. From the disk: its cached pages are dropped first."
+        yield "Training from the file", text, from_file(folder, rounds)

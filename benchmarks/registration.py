@@ -1,0 +1,251 @@
+"""Registration against VoxelMorph 0.2 (its PyTorch part) and MONAI's VoxelMorph; label warp; local NCC.
+
+VoxelMorph needs no dependency of its own but for its first import, which is stepped around:
+
+    pip install --no-deps voxelmorph==0.2 && pip install monai
+
+All take the same slices and the same loss, mean squared error + 0.01 x diffusion, and a step of Adam.
+"""
+
+import importlib.util
+import inspect
+import sys
+import types
+import warnings
+
+import torch
+import torch.nn.functional as F
+from monai.networks.nets import VoxelMorph, VoxelMorphUNet
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.common import DEVICE, Row, in_turn, labels_like_a_heart, memory_of, milliseconds, ratio
+from cardiac import losses, networks, propagation
+from cardiac.warp import integrate, resize_displacement, warp
+
+BATCH, SIZES = 16, (128, 192)
+
+
+def voxelmorph():
+    """VoxelMorph's module of networks, without the TensorFlow part that its package imports first."""
+    if "voxelmorph" not in sys.modules:
+        package = types.ModuleType("voxelmorph")
+        package.__path__ = importlib.util.find_spec("voxelmorph").submodule_search_locations
+        package.default_unet_features = lambda: [[16, 32, 32, 32], [32, 32, 32, 32, 32, 16, 16]]
+        sys.modules["voxelmorph"] = package
+        if not hasattr(inspect, "getargspec"):  # gone in Python 3.11
+            inspect.getargspec = lambda function: inspect.getfullargspec(function)[:4]
+    warnings.filterwarnings("ignore", message="torch.meshgrid")
+    warnings.filterwarnings("ignore", message="monai.networks.blocks.Warp")
+    return importlib.import_module("voxelmorph.torch.networks")
+
+
+class Ours:
+    """The project's network, as `train_registration.py` and `networks.register` run it."""
+
+    def __init__(self, size):
+        self.size = (size, size)
+        self.network = networks.RegistrationNetwork().to(DEVICE, memory_format=torch.channels_last)
+
+    def train(self, moving, fixed):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+            velocity = self.network(moving, fixed)
+        warped = warp(moving, resize_displacement(integrate(velocity), self.size))
+        return warped, velocity
+
+    def register(self, moving, fixed):
+        return warp(moving, networks.register(self.network, moving, fixed))
+
+
+class Theirs:
+    """A network of theirs, which gives the warped image and the field that the smoothness counts."""
+
+    def __init__(self, network, **registering):
+        self.network, self.registering = network.to(DEVICE), registering
+
+    def train(self, moving, fixed):
+        return self.network(moving, fixed)
+
+    def register(self, moving, fixed):
+        with torch.no_grad():
+            return self.network(moving, fixed, **self.registering)[0]
+
+
+def contestants(size):
+    """{name: contestant} at size x size."""
+    dense, registering = voxelmorph().VxmDense, {"registration": True}
+    unet = VoxelMorphUNet(2, 2, 32, (16, 32, 32, 32, 32, 32), (16, 16))
+    return {
+        "ours": Ours(size),
+        "VxmDense": Theirs(dense((size, size)), **registering),
+        "VxmDense, unet_half_res": Theirs(dense((size, size), unet_half_res=True), **registering),
+        "MONAI VoxelMorph": Theirs(VoxelMorph(unet, spatial_dims=2)),
+    }
+
+
+def pair(size, batch=BATCH):
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(2, batch, 1, size, size, generator=generator).to(DEVICE)
+
+
+def step(contestant, size):
+    """A function that makes one training step."""
+    moving, fixed = pair(size)
+    optimizer = torch.optim.Adam(contestant.network.parameters(), lr=1e-4)
+
+    def one_step():
+        warped, field = contestant.train(moving, fixed)
+        loss = F.mse_loss(warped, fixed) + 0.01 * losses.diffusion(field)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return one_step
+
+
+def inference(contestant, size):
+    """A function that registers one batch."""
+    return lambda: contestant.register(*pair(size))
+
+
+def work(name):
+    """For `memory_of`: three registrations at both sizes, then three training steps at both."""
+    kinds = [make(contestants(size)[name], size) for make in (inference, step) for size in SIZES]
+    return [lambda kind=kind: [kind() for _ in range(3)] for kind in kinds]
+
+
+def speed(size, rounds):
+    """Rows of training step and inference."""
+    networks_of = contestants(size)
+    rows = []
+    targets = {"step": {"VxmDense": 0.28}, "inference": {"VxmDense": 0.20}}
+    for kind, make in (("step", step), ("inference", inference)):
+        times = in_turn({name: make(each, size) for name, each in networks_of.items()}, rounds)
+        for name in times:
+            what = f"{kind}, {size} x {size}: {name}"
+            rows.append(milliseconds(what, times[name]))
+            if name != "ours":
+                limit = targets[kind].get(name, 1.0)
+                rows.append(ratio(f"... ours / {name}", times["ours"], times[name], at_most=limit))
+    return rows
+
+
+def memory():
+    """Rows of peak memory."""
+    peaks = {name: memory_of(f"registration.work({name!r})") for name in contestants(SIZES[0])}
+    rows = []
+    for k, what in enumerate(f"{kind}, {size} x {size}" for kind in ("inference", "step") for size in SIZES):
+        rows.append(Row(f"{what}: ours", [peaks["ours"][k]], "MB"))
+        for name in list(peaks)[1:]:
+            limit = {"at_most": 0.5} if name == "VxmDense" else {}
+            compared = f"... ours / {name} ({peaks[name][k]:.0f} MB)"
+            rows.append(Row(compared, [peaks["ours"][k] / peaks[name][k]], **limit))
+    return rows
+
+
+def arithmetic(size, rounds):
+    """How much of what the device can do in a matrix product a training step of ours does."""
+    one_step = step(Ours(size), size)
+    with FlopCounterMode(display=False) as counter:
+        one_step()
+    kind = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    side = 8192 if DEVICE.type == "cuda" else 1536
+    matrix = torch.rand(side, side, device=DEVICE, dtype=kind)
+    times = in_turn({"step": one_step, "product": lambda: matrix @ matrix}, rounds)
+    speeds = counter.get_total_flops() / times["step"] / 1e9, 2 * side**3 / times["product"] / 1e9
+    return [
+        Row(f"convolutions of a step, {size} x {size}", [counter.get_total_flops() / 1e9], "GFLOP"),
+        Row("arithmetic of the whole step", list(speeds[0]), "GFLOP/s"),
+        Row("... / that of a large matrix product", list(speeds[0] / speeds[1])),
+    ]
+
+
+def label_warp(size, rounds):
+    """`propagation.warp_labels` against one-hot, VoxelMorph's warp of all classes and arg max."""
+    labels = torch.from_numpy(labels_like_a_heart(BATCH, size)).to(DEVICE)
+    generator = torch.Generator().manual_seed(0)
+    coarse = 3 * torch.randn(BATCH, 2, 8, 8, generator=generator)
+    field = F.interpolate(coarse, size=(size, size), mode="bicubic").to(DEVICE)
+    transformer = voxelmorph().layers.SpatialTransformer((size, size)).to(DEVICE)
+
+    def theirs():
+        regions = F.one_hot(labels.long(), 4).permute(0, 3, 1, 2).float()
+        return transformer(regions, field).argmax(1)
+
+    times = in_turn({"ours": lambda: propagation.warp_labels(labels, field), "theirs": theirs}, 3 * rounds)
+    # VoxelMorph samples with align_corners=True and the same displacement in pixels: the same place
+    differ = (propagation.warp_labels(labels, field) != theirs()).sum().item() / (labels > 0).sum().item()
+    return [
+        milliseconds(f"label warp, {size} x {size}: ours", times["ours"]),
+        ratio("... / one-hot, warp of four classes, arg max", times["ours"], times["theirs"], at_most=0.2),
+        Row("... pixels that differ, of those labelled", [100 * differ], "%"),
+    ]
+
+
+def voxelmorph_ncc(fixed, warped, window=9):
+    """The formula of VoxelMorph's `losses.NCC`, on the device and in the precision of its input."""
+    box = torch.ones(1, 1, window, window, dtype=fixed.dtype, device=fixed.device)
+    images = (fixed, warped, fixed * fixed, warped * warped, fixed * warped)
+    i, j, ii, jj, ij = (F.conv2d(image, box, padding=window // 2) for image in images)
+    size = window**2
+    mean_i, mean_j = i / size, j / size
+    cross = ij - mean_j * i - mean_i * j + mean_i * mean_j * size
+    variance_i = ii - 2 * mean_i * i + mean_i * mean_i * size
+    variance_j = jj - 2 * mean_j * j + mean_j * mean_j * size
+    return -torch.mean(cross * cross / (variance_i * variance_j + 1e-5))
+
+
+def exact_ncc(warped, fixed, window=9):
+    """`losses.local_ncc` in float64, written another way: windows unfolded, two passes."""
+    images = []
+    for image in (warped.double(), fixed.double()):
+        deviation, mean = torch.std_mean(image, dim=(-2, -1), keepdim=True, correction=0)
+        images.append((image - mean) / (deviation + 1e-5))
+    ones = torch.ones_like(images[0])
+    windows = [F.unfold(each, window, padding=window // 2) for each in (*images, ones)]
+    inside = windows[2]
+    count = inside.sum(1, keepdim=True)
+    first, second = (each - inside * (each.sum(1, keepdim=True) / count) for each in windows[:2])
+    covariance, one, two = ((a * b).sum(1, keepdim=True) / count for a, b in
+                            ((first, second), (first, first), (second, second)))  # fmt: skip
+    return 1 - (covariance * covariance / (one * two + 1e-5)).mean()
+
+
+def local_ncc(size, rounds):
+    """Time with gradient, and error on slices that are flat over large patches, at the scale of scanners."""
+    moving, fixed = pair(size)
+    moving.requires_grad_()
+
+    def run(formula):
+        return lambda: torch.autograd.grad(formula(moving, fixed), moving)
+
+    times = in_turn({"ours": run(losses.local_ncc), "theirs": run(voxelmorph_ncc)}, rounds)
+    patches = torch.from_numpy(labels_like_a_heart(2 * BATCH, size)).to(DEVICE)[:, None]
+    scale, errors = torch.tensor([100.0, 1500.0, 700.0, 1300.0], device=DEVICE), {"ours": [], "theirs": []}
+    for noise in (0.0, 0.01, 1.0):
+        slices = scale[patches.long()] + noise * torch.randn_like(patches.float())
+        one, other = slices[:BATCH], slices[BATCH:]
+        errors["ours"].append(abs(losses.local_ncc(one, other) - exact_ncc(one, other)).item())
+        exact = voxelmorph_ncc(one.double(), other.double())
+        errors["theirs"].append(abs(voxelmorph_ncc(one, other) - exact).item())
+    return [
+        milliseconds(f"local NCC with gradient, {size} x {size}: ours", times["ours"]),
+        ratio("... / VoxelMorph's formula", times["ours"], times["theirs"], at_most=0.5),
+        Row("... largest error against float64 on flat patches", [max(errors["ours"])], at_most=1e-3),
+        Row("... VoxelMorph's formula, its own", [max(errors["theirs"])]),
+    ]
+
+
+def sections(rounds):
+    """(title, what it says, rows) of each table."""
+    text = (
+        f"Batch {BATCH}; a step is forward, loss, backward and Adam, with the same loss for all. MONAI's "
+        "`half_res` cannot be had in two dimensions."
+    )
+    for size in SIZES:
+        yield f"Registration, {size} x {size}", text, speed(size, rounds)
+    yield "Registration: peak memory", "What three calls add, in a process of its own.", memory()
+    text = "The floating-point operations of the convolutions alone, as PyTorch counts them."
+    yield "Registration: what it makes of the processor", text, arithmetic(128, rounds)
+    rows = [row for size in SIZES for row in label_warp(size, rounds)]
+    yield "Label warp", "Hearts of 14 % of the pixels.", rows
+    yield "Local NCC", "Window 9 x 9.", [row for size in SIZES for row in local_ncc(size, rounds)]

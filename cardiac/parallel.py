@@ -1,0 +1,94 @@
+"""Data parallel: the processes that `torchrun --nproc_per_node=N` starts share the batch of every step.
+
+Each process takes its part of the same batch that one process would draw, gradients and losses are averaged,
+and the first process alone validates, prints and writes. Without torchrun there is one process, and nothing
+here does anything.
+"""
+
+import contextlib
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+from cardiac.files import InputError
+
+LAUNCHED = dist.is_torchelastic_launched()  # by torchrun, which tells a process its number
+RANK = int(os.environ["RANK"]) if LAUNCHED else 0
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0  # on this host: the card to use
+ON_THIS_HOST = int(os.environ["LOCAL_WORLD_SIZE"]) if LAUNCHED else 1
+PATIENCE = datetime.timedelta(hours=12)  # the first process may build a cache while the others wait
+
+
+@contextlib.contextmanager
+def joined():
+    """Join the processes of torchrun for the block, where it started this one; all but the first are mute."""
+    if not LAUNCHED or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group(timeout=PATIENCE)  # gloo for what lies on the CPU, NCCL for CUDA
+    try:
+        with contextlib.ExitStack() as stack:
+            if RANK:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def processes():
+    """How many processes share the work."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(whole, dim=0):
+    """This process's part of a tensor that has the samples of the whole batch along `dim`."""
+    return whole.chunk(processes(), dim)[RANK] if processes() > 1 else whole
+
+
+def mean(value):
+    """The mean of a scalar tensor over the processes, which must all call this; it carries no gradient."""
+    if processes() > 1:
+        value = value.detach() / processes()
+        dist.all_reduce(value)
+    return value
+
+
+def average(network, losses):
+    """Average the gradients of `network` over the processes, in one message; returns the averaged losses."""
+    if processes() == 1:
+        return losses
+    gradients = [weight.grad for weight in network.parameters()]
+    parts = [*gradients, *(value.detach().float() for value in losses.values())]
+    message = torch.cat([part.reshape(-1) for part in parts]).div_(processes())
+    dist.all_reduce(message)
+    averaged = [new.view_as(part) for new, part in zip(message.split([p.numel() for p in parts]), parts)]
+    torch._foreach_copy_(gradients, averaged[: len(gradients)])
+    return dict(zip(losses, averaged[len(gradients) :]))
+
+
+def from_first(function, *arguments):
+    """What `function(*arguments)` gives in the first process, which alone calls it; its InputError, too."""
+    if processes() == 1:
+        return function(*arguments)
+    result = error = None
+    if RANK == 0:
+        try:
+            result = function(*arguments)
+        except InputError as raised:
+            error = raised
+    told = [result, error]
+    dist.broadcast_object_list(told)
+    if told[1]:
+        raise told[1]
+    return told[0]
+
+
+@contextlib.contextmanager
+def in_first(manager):
+    """Enter a context manager in the first process alone; what it gives, every process gets."""
+    with contextlib.ExitStack() as stack:
+        yield from_first(stack.enter_context, manager)
