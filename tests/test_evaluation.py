@@ -13,7 +13,7 @@ import evaluate
 from cardiac import REGIONS, evaluation, predict
 from cardiac.cache import one_hot
 from cardiac.cases import VENDORS
-from cardiac.files import InputError, read_csv, write_csv
+from cardiac.files import InputError, read_csv, read_json, write_csv
 from cardiac.metrics import largest_component
 from cardiac.nifti import write_labels
 from cardiac.predict import find_scans
@@ -369,3 +369,12 @@ def test_bad_scans_are_refused_before_anything_is_written(run, tmp_path, capsys)
 def write_copy(path, image):
     write_nifti(path, image)
     return path
+
+
+def test_scores_and_summaries_that_are_none_are_refused(tmp_path):
+    (tmp_path / "cases.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match=r"cases.csv: not scores of this program"):
+        evaluation.read_scores(tmp_path / "cases.csv")
+    (tmp_path / "summary.json").write_text("[]")
+    with pytest.raises(InputError, match=r"summary.json: not readable as JSON \(not an object\)"):
+        read_json(tmp_path / "summary.json")
