@@ -318,6 +318,23 @@ def test_ed_and_es_are_the_largest_and_the_smallest_lv(evaluated, tmp_path, monk
     np.testing.assert_array_equal(nib.load(tmp_path / "out" / "out_pred.nii.gz").dataobj, labels)
 
 
+def test_predict_goes_on_with_the_scan_at_which_it_was_killed(run, monkeypatch):
+    done, predict_scan = [], predict.predict_scan
+
+    def killed(folder, *arguments):
+        done.append(folder.name)
+        if len(done) == 2:
+            raise ZeroDivisionError
+        return predict_scan(folder, *arguments)
+
+    monkeypatch.setattr(predict, "predict_scan", killed)
+    with pytest.raises(ZeroDivisionError):
+        run("--predict", run.data / "Testing", data=None)
+    assert run("--predict", run.data / "Testing", data=None) == 0
+    assert done == ["E1A1A1_sa", "E2D2D2_sa", "E2D2D2_sa"]
+    assert len(read_csv(run.out / "predictions" / "summary.csv")) == len(TESTING)
+
+
 def test_predict_three_dimensions_and_twice(run, tmp_path, capsys):
     image, _ = heart((45, 37, 3, 2), 0, 1)
     write_nifti(tmp_path / "in" / "still.nii.gz", image[..., 0])
