@@ -7,7 +7,7 @@ import numpy as np
 from cardiac import REGIONS
 from cardiac.cache import Cache, most_likely
 from cardiac.cases import VENDORS, load_labels
-from cardiac.files import read_csv
+from cardiac.files import InputError, read_csv
 from cardiac.metrics import (
     MYOCARDIUM_DENSITY,
     agreement,
@@ -94,12 +94,15 @@ def _write_and_score(case, prediction, softmax, path, largest):
 
 
 def read_scores(path):
-    """The rows of a cases.csv, numbers as floats and empty cells NaN."""
+    """The rows of a cases.csv, numbers as floats and empty cells NaN. Raises InputError."""
 
     def value(name, text):
         return float(text or "nan") if name in CASES[6:] else text.removeprefix("'")
 
-    return [{name: value(name, text) for name, text in row.items()} for row in read_csv(path)]
+    try:
+        return [{name: value(name, row[name]) for name in CASES} for row in read_csv(path)]
+    except (KeyError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: not scores of this program; --overwrite starts anew") from error
 
 
 # -------------------------------------------------------------------------------- what the scores say

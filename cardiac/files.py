@@ -100,9 +100,12 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """Read a JSON value; InputError where the file is not JSON."""
+    """Read a JSON object; InputError where the file is none."""
     try:
-        return json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text())
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+        return value
     except (ValueError, OSError) as error:
         raise InputError(
             f"{path}: not readable as JSON ({error}); remove it or start with --overwrite"

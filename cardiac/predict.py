@@ -62,7 +62,7 @@ def predict_scans(scans, model, network, progress, settings, device):
     """Segment every frame of `scans` {name: file}; all results lie below OUT/predictions.
 
     A folder NAME each with the mask, volumes.csv, volumes.png and summary.json, which is written last and
-    marks the scan as finished; summary.csv beside them has a row for each that is.
+    marks the scan as finished; summary.csv beside them has a row for each that is, without its path.
     """
     folder = settings.out / "predictions"
     busy = f"{folder}: another process is writing there; wait for it or choose another --out"
@@ -89,7 +89,7 @@ def predict_scans(scans, model, network, progress, settings, device):
             write_json(folder / name / "summary.json", {"scan": name, **found, "made_from": made_from})
             tqdm.write(_line(name, found))
         rows = [read_json(path) for path in sorted(folder.glob("*/summary.json"))]
-        rows = [row | {name: row["made_from"][name] for name in ("model", "file")} for row in rows]
+        rows = [row | {"model": row["made_from"]["model"]} for row in rows]
         write_csv(folder / "summary.csv", [name for name in rows[0] if name != "made_from"], rows)
     print(f"to look at: {folder}/*/volumes.png; all scans: {folder / 'summary.csv'}")
 

@@ -55,7 +55,6 @@ class Settings:
         """Raise InputError for a value that cannot work, before any work is done."""
         for name in (
             "size",
-            "spacing",
             "batch_size",
             "lr",
             "epochs",
@@ -73,13 +72,15 @@ class Settings:
                 f"--size {self.size}: the networks halve it four times; take {down} or {down + 16}"
             )
         limits = dict.fromkeys(
-            ("seed", "workers", "patience", "refine", "smoothness", "dice_weight", "difference_weight"),
-            float("inf"),
+            ("workers", "patience", "refine", "smoothness", "dice_weight", "difference_weight"),
+            (0, float("inf")),
         )
-        for name, largest in {**limits, "averaging": 1, "labelled_share": 1, "expert_share": 1}.items():
-            value = getattr(self, name, 0)
-            if not 0 <= value <= largest:
-                raise InputError(f"--{name.replace('_', '-')} {value}: must lie from 0 to {largest}")
+        limits |= dict.fromkeys(("averaging", "labelled_share", "expert_share"), (0, 1))
+        limits |= {"spacing": (0.05, 100), "seed": (0, 2**63 - 1), "lr": (0, 1000)}
+        for name, (least, largest) in limits.items():
+            value = getattr(self, name, least)
+            if not least <= value <= largest:
+                raise InputError(f"--{name.replace('_', '-')} {value}: must lie from {least} to {largest}")
         batch, shares = getattr(self, "batch_size", None), processes()
         if shares > 1 and batch is None:
             raise InputError("this script is one process; torchrun is for the training scripts")
@@ -278,7 +279,7 @@ def parse(kind, argv, description, own=(), earlier=()):
 
 def _stored(config):
     stored = read_json(config)
-    if not isinstance(stored, dict) or not isinstance(stored.get("settings"), dict):
+    if not isinstance(stored.get("settings"), dict):
         raise InputError(f"{config}: not the settings of a run; remove it or start with --overwrite")
     return stored["settings"]
 

@@ -13,7 +13,7 @@ import evaluate
 from cardiac import REGIONS, evaluation, predict
 from cardiac.cache import one_hot
 from cardiac.cases import VENDORS
-from cardiac.files import InputError, read_csv, write_csv
+from cardiac.files import InputError, read_csv, read_json, write_csv
 from cardiac.metrics import largest_component
 from cardiac.nifti import write_labels
 from cardiac.predict import find_scans
@@ -318,6 +318,25 @@ def test_ed_and_es_are_the_largest_and_the_smallest_lv(evaluated, tmp_path, monk
     np.testing.assert_array_equal(nib.load(tmp_path / "out" / "out_pred.nii.gz").dataobj, labels)
 
 
+def test_predict_goes_on_with_the_scan_at_which_it_was_killed(run, monkeypatch):
+    done, predict_scan = [], predict.predict_scan
+
+    def killed(folder, *arguments):
+        done.append(folder.name)
+        if len(done) == 2:
+            raise ZeroDivisionError
+        return predict_scan(folder, *arguments)
+
+    monkeypatch.setattr(predict, "predict_scan", killed)
+    with pytest.raises(ZeroDivisionError):
+        run("--predict", run.data / "Testing", data=None)
+    assert run("--predict", run.data / "Testing", data=None) == 0
+    assert done == ["E1A1A1_sa", "E2D2D2_sa", "E2D2D2_sa"]
+    text = (run.out / "predictions" / "summary.csv").read_text()
+    assert len(text.splitlines()) == 1 + len(TESTING)
+    assert str(run.data) not in text
+
+
 def test_predict_three_dimensions_and_twice(run, tmp_path, capsys):
     image, _ = heart((45, 37, 3, 2), 0, 1)
     write_nifti(tmp_path / "in" / "still.nii.gz", image[..., 0])
@@ -369,3 +388,12 @@ def test_bad_scans_are_refused_before_anything_is_written(run, tmp_path, capsys)
 def write_copy(path, image):
     write_nifti(path, image)
     return path
+
+
+def test_scores_and_summaries_that_are_none_are_refused(tmp_path):
+    (tmp_path / "cases.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match=r"cases.csv: not scores of this program"):
+        evaluation.read_scores(tmp_path / "cases.csv")
+    (tmp_path / "summary.json").write_text("[]")
+    with pytest.raises(InputError, match=r"summary.json: not readable as JSON \(not an object\)"):
+        read_json(tmp_path / "summary.json")

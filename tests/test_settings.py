@@ -172,6 +172,7 @@ def test_a_damaged_config_is_one_clear_line(tmp_path, content):
     "words",
     [
         "--size 100", "--size 0", "--size -16", "--spacing 0", "--spacing nan", "--spacing inf", "--lr -1",
+        "--spacing 1e9", "--lr 1e39", f"--seed {10**30}",
         "--epochs 0", "--max-steps 0", "--batch-size 0", "--steps-per-epoch 0", "--seed -1", "--workers -1",
         "--patience -1", "--averaging 2", "--labelled-share -0.1", "--smoothness nan",
     ],
