@@ -98,7 +98,12 @@ def drawing(path, cases):
     """For `memory_of`: a hundred batches from the file of a simulated dataset, 25 frames of 10 slices."""
     cache = cache_of(path, cases, 25, 10, 192, empty=True)
     pairs = Pairs(SliceStore(cache, cache.cases, CPU, place="file"), 0.5)
-    return [lambda: [pairs.draw(16, 0, step) for step in range(100)]]
+
+    def draw():
+        for step in range(100):
+            pairs.draw(16, 0, step)
+
+    return [draw]
 
 
 def building(data, folder):
