@@ -107,7 +107,7 @@ def their_loader(store, batch):
     ]  # fmt: skip
     items = [{"image": image, "label": label} for image, label in zip(images, labels)]
     dataset = CacheDataset(items, transforms.Compose(random), progress=False)
-    return DataLoader(dataset, batch, shuffle=True)
+    return DataLoader(dataset, batch_size=batch, shuffle=True, num_workers=0)
 
 
 def data_path(folder, rounds):

@@ -38,12 +38,9 @@ def spatial_displacement(generator, batch, size, device, rotation=180, scale=0.2
 
     axis = torch.arange(size, device=device) - (size - 1) / 2
     position = torch.stack(torch.meshgrid(axis, axis, indexing="ij"))  # (2, S, S), from the centre
-    affine = (
-        torch.einsum("bij,jhw->bihw", matrix - torch.eye(2, device=device), position)
-        + offset[..., None, None]
-    )
+    affine = torch.einsum("bij,jhw->bihw", matrix - torch.eye(2, device=device), position)
     smooth = F.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=False)
-    return affine + smooth
+    return smooth.add_(affine).add_(offset[..., None, None])
 
 
 def move(displacement, images, labels):
@@ -67,19 +64,19 @@ def vary_intensity(generator, images, gamma=0.5, contrast=0.3, bias=0.4, blur=1.
     draw, coarse = draw.to(device, non_blocking=True), coarse.to(device, non_blocking=True)
     spread = 2 * draw - 1
 
-    images = images.clamp(0, 1) ** torch.exp(spread[0] * gamma)
-    images = images * (1 + spread[1] * contrast) + spread[2] * contrast * 0.3
+    images = images.clamp(0, 1) ** torch.exp(spread[0] * gamma)  # in place from here: new memory costs most
+    images.mul_(1 + spread[1] * contrast).add_(spread[2] * contrast * 0.3)
     shading = F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False)
-    images = images * torch.exp(shading * (0.5 * bias * draw[3]))
+    images.mul_(shading.mul_(0.5 * bias * draw[3]).exp_())
     sigma = blur * draw[4]
     tap = torch.exp(-0.5 / (sigma**2).clamp(min=1e-2))  # three taps reach a standard deviation of a pixel
     for shift in ((1, 0), (0, 1)):
         before, after = (torch.roll(images, (s * shift[0], s * shift[1]), (2, 3)) for s in (-1, 1))
-        images = (images + tap * (before + after)) / (1 + 2 * tap)
+        images = before.add_(after).mul_(tap).add_(images).div_(1 + 2 * tap)
     pixels = torch.Generator(device).manual_seed(seed)  # many numbers: drawn where they are needed
     normal = torch.randn(2, whole, channels, height, width, generator=pixels, device=device)
-    real, imaginary = share(normal, 1) * (noise * draw[5])
-    return torch.hypot(images + real, imaginary).clamp(0, 1.5)
+    real, imaginary = share(normal, 1).mul_(noise * draw[5])
+    return images.add_(real).hypot_(imaginary).clamp_(0, 1.5)
 
 
 def augment_pairs(batch, seed, step):

@@ -227,12 +227,12 @@ class Cache:
 
     def read(self, dataset, row_ranges, out):
         """Read ranges [(start, stop), ...] of "images" or "labels" one after the other into `out`."""
-        with h5py.File(self.path) as file:
-            position = 0
+        offset, position = self.offset(dataset), 0
+        with open(self.path, "rb") as file:  # plain reads: HDF5 takes half as long again
             for start, stop in row_ranges:
-                count = stop - start
-                file[dataset].read_direct(out, np.s_[start:stop], np.s_[position : position + count])
-                position += count
+                file.seek(offset + start * out[0].nbytes)
+                file.readinto(out[position : position + stop - start])
+                position += stop - start
 
     def offset(self, dataset):
         """Where "images" or "labels" begins in the file, bytes: row by row from there, without HDF5."""
@@ -412,7 +412,7 @@ def intensity_window(image):
     scale.
     """
     sample = image.ravel(order="K")
-    low, high = np.percentile(sample[:: max(1, sample.size // 1_000_000)], (1, 99))
+    low, high = np.percentile(sample[:: max(1, sample.size // 1_000_000)], (1, 99)).tolist()
     if not high > low:  # a constant but for single voxels
         low, high = float(image.min()), float(image.max())
     return low, high
@@ -426,7 +426,8 @@ def motion_centre(image, spacing, blur=20.0, radius=64.0):
     (mm): mean shift. A whole number of pixels from the image's centre, which is returned where nothing moves.
     """
     low, high = intensity_window(image)
-    planes = (np.clip((image[:, :, z] - low) / (high - low), 0, 1) for z in range(image.shape[2]))
+    slices = (image[:, :, z].astype(np.float32) for z in range(image.shape[2]))
+    planes = (np.clip((plane - low) / (high - low), 0, 1) for plane in slices)
     motion = sum(plane.std(-1) for plane in planes) / image.shape[2]
     middle = np.array([(n - 1) / 2 for n in motion.shape])
     weights = np.clip(motion - np.percentile(motion, 90), 0, None)
@@ -448,7 +449,8 @@ def standardise(image, grid):
     low, high = intensity_window(image)
     slices = np.empty((image.shape[3], image.shape[2], grid.size, grid.size), np.float16)
     for frame in range(image.shape[3]):
-        planes = np.clip(image[..., frame].transpose(2, 0, 1), low, high)
+        planes = image[..., frame].transpose(2, 0, 1).astype(np.float32)
+        planes = np.clip(planes, low, high, out=planes)
         planes -= low
         planes /= high - low
         # torch's conversion to float16 takes a twentieth of NumPy's time

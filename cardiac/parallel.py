@@ -1,8 +1,10 @@
 """Data parallel: the processes that `torchrun --nproc_per_node=N` starts share the batch of every step.
 
 Each process takes its part of the same batch that one process would draw, gradients and losses are averaged,
-and the first process alone validates, prints and writes. Without torchrun there is one process, and nothing
-here does anything.
+and the first process alone validates, prints and writes. The registration's losses are those of one process
+but for rounding. The segmentation's are not quite: batch norm and soft Dice see a process's own part of the
+batch, and the cross-entropy is a mean of means where pixels are IGNORED. Without torchrun there is one
+process, and nothing here does anything.
 """
 
 import contextlib

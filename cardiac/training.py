@@ -150,6 +150,7 @@ def fit(task, settings, folder, device, outcome="curves.png"):
                 save()
             if first:  # the others would leave it alone in the middle of a step
                 leave_if_asked(save)
+    meter.summary()
     return first
 
 
@@ -280,6 +281,13 @@ class Meter:
         }
         shown |= {name: f"{value:.3f}" for name, value in self.scores.items()}
         self.bar.set_postfix(shown)
+
+    def summary(self):
+        """Print what the last row of the log says of the speed, its validation included."""
+        row = self.progress.rows[-1]
+        speed = f"{row['samples_per_second']:.0f} samples/s in the last epoch"
+        print(f"{speed}, {row['waiting_percent']:.1f} % of its time waiting for data, "
+              f"peak memory {row['memory_gb']:.1f} GB", flush=True)  # fmt: skip
 
     def _estimate(self, done):
         seconds = (time.perf_counter() - self.begun) / done
