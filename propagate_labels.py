@@ -47,13 +47,14 @@ def main(argv):
             print(
                 f"propagation: {len(cases)} cases, registration of step {trained.step}, on {describe(device)}"
             )
-            parts = Parts(folder / PARTS, made_from)
-            propagated, rows = propagate(network, cache, cases, settings, device, parts)
+            propagated, rows = propagate(
+                network, cache, cases, settings, device, Parts(folder / PARTS, made_from)
+            )
             columns = (*COLUMNS, "fault") if settings.trust else COLUMNS
             write_csv(folder / "quality.csv", columns, rows)
             report.draw_cine(folder / "cine.gif", cache, cases, propagated)
             propagated.write(path, made_from)  # last: what it is there for is finished
-            shutil.rmtree(parts.folder)
+        shutil.rmtree(folder / PARTS, ignore_errors=True)
         for case in tqdm(cases, "nifti", unit="case") if settings.nifti else ():
             target = folder / "nifti" / f"{case.code}_sa_propagated.nii.gz"
             if not target.exists():

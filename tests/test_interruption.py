@@ -251,7 +251,11 @@ def test_the_cache_goes_on_with_the_case_at_which_it_was_killed(whole, tmp_path,
     assert content(tmp_path / "MnM.h5") == content(Path(whole[2]) / "MnM.h5")
 
 
-RUNS = {"registration": (propagation, "_to_own_grid", 4), "evaluation": (evaluation, "_write_and_score", 4)}
+RUNS = {
+    "registration": (propagation, "_to_own_grid", 4),
+    "propagation": (propagate_labels, "propagate_case", 2),
+    "evaluation": (evaluation, "_write_and_score", 4),
+}
 
 
 def unfinished(name, whole, tmp_path):
@@ -263,9 +267,10 @@ def unfinished(name, whole, tmp_path):
     return stage
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", RUNS)
-def test_scores_go_on_with_the_case_at_which_they_were_killed(whole, tmp_path, name, at):
+@pytest.mark.parametrize(
+    ("name", "at"), [(name, at + 1) for name, run in RUNS.items() for at in range(run[2])]
+)
+def test_a_killed_run_goes_on_with_the_case_at_which_it_was_killed(whole, tmp_path, name, at):
     stage, (module, function, count) = unfinished(name, whole, tmp_path), RUNS[name]
     done = []
     with pytest.MonkeyPatch.context() as patch:
