@@ -2,9 +2,9 @@
 slice.
 
 Both ends of an interval have an expert label. Carried to a frame between, the two are guesses that know
-little of each other: where they agree they are right, where not, nobody knows. An image that does not fit
-after warping, and a way there and back that misses, tell the rest. Two fields that do nothing would agree as
-well; there the image does not fit.
+little of each other: where they agree they are likely right, and where not, the nearer one more likely than
+the other. An image that does not fit after warping, and a way there and back that misses, tell the rest: two
+fields that do nothing would agree as well, but there the image does not fit.
 """
 
 import torch
@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 from cardiac import LABELS
 
-RESIDUAL = 0.15  # image difference, of the case's intensity window, at which reliability is down to 1/e
-CYCLE_MM = 3.0  # distance by which the way there and back misses, with the same effect
+# Fitted to how often a pixel carried from ED to ES is right, on ACDC patients; `exp(-x / scale)` each.
+RESIDUAL = 0.5  # image difference that is left, of the case's intensity window
+CYCLE_MM = 50.0  # distance by which the way there and back misses
 FOLDING_PERCENT = 0.5  # of the pixels near the heart: more, and a slice is dropped
 OPEN_SHARE = 0.05  # of the LV's border that may touch what is not myocardium and still count as enclosed
 WALL_CHANGE, LV_CHANGE = 0.15, 0.15  # of the area: off its interpolation, off its neighbours in time
@@ -27,6 +28,9 @@ def fuse(carried, nearness):
     Returns regions (F, Z, 3, S, S), trust (F, Z, S, S) in [0, 1] and sources, {phase: (F, Z) bool}: the
     phases that a slice has its label from. One that only one of two known phases shows, out of which the base
     moves at an unknown time, has it in the nearer half, and less trust the later.
+
+    A pixel's trust is the share of its label among the guesses, times how well they fit: the image that is
+    left, the cycle's miss, and the Dice of the slice's label with itself after it.
     """
     sources = {phase: each.present.expand(len(each.regions), -1) for phase, each in carried.items()}
     if len(carried) == 2:
@@ -35,28 +39,21 @@ def fuse(carried, nearness):
             phase: sources[phase] & (sources[rest] | (nearness[phase] >= 0.5)[:, None])
             for phase, rest in ((one, other), (other, one))
         }
-    weights, reliability = {}, {}
+    weights, fits = {}, {}
     for phase, each in carried.items():
-        reliability[phase] = torch.exp(-each.residual / RESIDUAL - each.cycle / CYCLE_MM)
-        near = (sources[phase] * nearness[phase][:, None].clamp(min=0.01))[..., None, None]
-        weights[phase] = near * reliability[phase].clamp(min=1e-6)
+        fit = torch.exp(-each.residual / RESIDUAL - each.cycle / CYCLE_MM)
+        fits[phase] = fit * each.confidence.nan_to_num()[..., None, None]
+        near = sources[phase] * nearness[phase][:, None].clamp(min=0.01)
+        weights[phase] = near[..., None, None] * fits[phase].clamp(min=1e-6)
     total = sum(weights.values()).clamp(min=1e-12)
-    regions = (
-        sum(weights[phase][:, :, None] * carried[phase].regions for phase in carried) / total[:, :, None]
-    )
-    trust = sum(weights[phase] * reliability[phase] for phase in carried) / total
+    regions = sum(weights[phase][:, :, None] * carried[phase].regions for phase in carried)
+    regions = regions / total[:, :, None]
+    fit = sum(weights[phase] * fits[phase] for phase in carried) / total
+    trust = fit * torch.maximum(regions.amax(2), 1 - regions.sum(2))
     if len(carried) == 2:
-        both = sources[one] & sources[other]
-        agreement = _overlap(carried[one].regions, carried[other].regions)
-        alone = sum(sources[phase] * nearness[phase][:, None] for phase in carried)  # that the base is there
-        trust = trust * torch.where(both[..., None, None], agreement, alone[..., None, None])
+        still_there = sum(sources[phase] * nearness[phase][:, None] for phase in carried)  # alone: the base
+        trust = trust * torch.where(sources[one] & sources[other], 1, still_there)[..., None, None]
     return regions, trust, sources
-
-
-def _overlap(first, second):
-    """What two distributions over background and regions (..., 3, S, S) share: 1 where they agree."""
-    shared = torch.minimum(first, second).sum(-3)
-    return shared + torch.minimum(1 - first.sum(-3), 1 - second.sum(-3)).clamp(min=0)
 
 
 def local_mean(images, width=5):

@@ -21,8 +21,13 @@ def carried(labels, residual=0.0, cycle=0.0, present=(True,)):
     """What `carry` would give of labels (F, Z, S, S)."""
     regions = torch.stack([labels == k for k in (1, 2, 3)], 2).float()
     flat = torch.ones(labels.shape)
+    confidence = torch.where(torch.tensor(present), 1.0, torch.nan).expand(labels.shape[:2])
     return SimpleNamespace(
-        regions=regions, residual=residual * flat, cycle=cycle * flat, present=torch.tensor(present)
+        regions=regions,
+        residual=residual * flat,
+        cycle=cycle * flat,
+        confidence=confidence,
+        present=torch.tensor(present),
     )
 
 
@@ -46,7 +51,7 @@ def test_two_phases_that_agree_are_trusted_and_where_they_do_not_the_nearer_one_
     for elapsed, nearer in ((0.2, small), (0.8, large)):
         regions, certainty, _ = fuse(carried(frames(small)), carried(frames(large)), [elapsed])
         assert torch.equal(regions[0, 0, 0] > 0.5, nearer == 1)
-        assert (certainty[0, 0][small != large] == 0).all()
+        assert torch.allclose(certainty[0, 0][small != large], torch.tensor(0.8)), "its share of the guesses"
         assert torch.allclose(certainty[0, 0][small == large], torch.tensor(1.0))
 
 
@@ -59,6 +64,13 @@ def test_an_image_that_does_not_fit_and_a_way_back_that_misses_cost_trust_and_we
     assert torch.equal(regions[0, 0, 0] > 0.5, large == 1), "the one that fits decides"
     _, certainty, _ = fuse(bad, bad, [0.5])
     assert torch.allclose(certainty, torch.full_like(certainty, torch.e**-3))
+
+
+def test_a_label_that_does_not_come_back_as_itself_costs_the_whole_slice():
+    bad = carried(frames(ring()))
+    bad.confidence = torch.tensor([[0.25]])
+    _, certainty, _ = fuse(bad, bad, [0.5])
+    assert torch.allclose(certainty, torch.tensor(0.25))
 
 
 def test_a_slice_that_one_phase_lacks_is_the_other_ones_in_the_nearer_half_and_trusted_less_with_time():
