@@ -49,6 +49,7 @@ def main(argv):
             "split": settings.split,
             "all_frames": settings.all_frames,
             "largest_component": settings.largest_component,
+            "mirrored": settings.mirrored,
             "models": {model: {"steps": run["steps"], "best": run["best"]} for model, run in trained.items()},
         }
         summary = folder / "summary.json"
@@ -76,7 +77,7 @@ def score(models, cache, cases, settings, device, folder):
         print(f"{model}, {progress.step} steps: {len(cases)} cases of {settings.split} on {describe(device)}")
         predictions = folder / "predictions" / model
         what = (weights_digest(network), settings.size, settings.spacing)
-        what += (settings.all_frames, settings.largest_component)
+        what += (settings.all_frames, settings.largest_component, settings.mirrored)
         parts = Parts(folder / PARTS / model, what)
         scored = evaluation.score_model(model, network, cache, cases, settings, device, predictions, parts)
         rows += tqdm(scored, model, total=6 * len(cases), unit="score")
@@ -126,7 +127,7 @@ def finished_models(settings, device):
             continue
         network = networks.SegmentationNetwork(settings.channels)
         load_network(network, folder / "best.pt", device)
-        models[model] = network, progress
+        models[model] = networks.Mirrored(network) if settings.mirrored else network, progress
     if not models:
         folder = settings.out / "segmentation"
         raise InputError(f"{folder}: no finished model; run train_segmentation.py before")

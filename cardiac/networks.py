@@ -99,6 +99,23 @@ class SegmentationNetwork(nn.Module):
         return self.classify(x)
 
 
+class Mirrored(nn.Module):
+    """A segmentation network that sees each slice four times, mirrored along either axis, both or none, and
+    averages its probabilities.
+    """
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        """x: slices (B, 1, H, W). Returns logits (B, 4, H, W): the averaged probabilities' logarithm."""
+        probabilities = [
+            self.network(x.flip(axes)).float().softmax(1).flip(axes) for axes in ((), (2,), (3,), (2, 3))
+        ]
+        return torch.stack(probabilities).mean(0).clamp(min=1e-12).log()
+
+
 def _convolution(before, after):
     convolution = nn.Conv2d(before, after, 3, padding=1)
     nn.init.kaiming_normal_(convolution.weight, a=0.2)  # He et al., 2015, as VoxelMorph's Keras layers

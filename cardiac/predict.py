@@ -72,7 +72,7 @@ def predict_scans(scans, model, network, progress, settings, device):
             status = file.stat()
             made_from = {"file": str(file), "bytes": status.st_size, "modified": status.st_mtime_ns}
             made_from |= {"model": model, "steps": progress.step, "best": progress.best}
-            made_from |= {"largest_component": settings.largest_component}
+            made_from |= {name: getattr(settings, name) for name in ("largest_component", "mirrored")}
             summary = folder / name / "summary.json"
             done = read_json(summary)["made_from"] if summary.exists() and not settings.overwrite else None
             if done == made_from:

@@ -175,12 +175,14 @@ class SegmentationSettings(TrainingSettings):
 class EvaluationSettings(Settings):
     """`evaluate.py`."""
 
+    STRONG: ClassVar = {**Settings.STRONG, "mirrored": True}
     data: Path = setting(None, "dataset to score, the run's own or another, in the layout of M&Ms or ACDC")
     predict: tuple = setting(
         (), "instead: NIfTI files to segment, or folders of them", type=Path, nargs="+", metavar="PATH"
     )
     channels: int = setting(32, "channels of the U-Net's first level")
     split: str = setting("Testing", "cases to score", choices=("Testing", "Validation", "Training"))
+    mirrored: bool = setting(False, "average the predictions of four mirror images of each slice")
     all_frames: bool = setting(False, "predict every frame, not ED and ES alone")
     largest_component: bool = setting(
         False, "score each region's largest component too, beside the whole; with --predict, write that"

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cardiac.losses import one_hot
-from cardiac.networks import RegistrationNetwork, SegmentationNetwork, register, segment
+from cardiac.networks import Mirrored, RegistrationNetwork, SegmentationNetwork, register, segment
 from cardiac.warp import integrate, resize_displacement
 
 
@@ -120,6 +120,17 @@ def test_batches_do_not_change_what_inference_gives():
     whole, parts = (segment(segmentation, moving, batch_size=n) for n in (64, 2))
     torch.testing.assert_close(whole, parts, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(whole.sum(1), torch.ones(5, 32, 32))
+
+
+def test_mirror_images_are_predicted_as_mirror_images():
+    torch.manual_seed(0)
+    network, (slices, *_) = SegmentationNetwork(2).eval(), pair(32, 48)
+    plain, mirrored = (segment(each, slices) for each in (network, Mirrored(network)))
+    assert not torch.allclose(segment(network, slices.flip(2)).flip(2), plain, atol=1e-3)
+    for axes in ((2,), (3,), (2, 3)):
+        torch.testing.assert_close(segment(Mirrored(network), slices.flip(axes)).flip(axes), mirrored)
+    views = [segment(network, slices.flip(axes)).flip(axes) for axes in ((), (2,), (3,), (2, 3))]
+    torch.testing.assert_close(mirrored, torch.stack(views).mean(0))
 
 
 def test_every_parameter_learns():
