@@ -100,15 +100,15 @@ def draw(results):
     from matplotlib import pyplot as plt
 
     bars, context = [], ""
-    for part in results.values():
-        for table in part["tables"]:
+    for name in (name for name in SECTIONS if name in results):
+        for table in results[name]["tables"]:
             for row in (Row(**row) for row in table["rows"] if isinstance(row, dict)):
                 context = row.what if not row.what.startswith("...") else context
                 if row.met is None:
                     continue
                 shares = [v / row.at_most if row.at_most else row.at_least / v for v in sorted(row.values)]
                 share = row.median / row.at_most if row.at_most else row.at_least / row.median
-                label = row.what.replace("...", context.rsplit(": ", 1)[0]) if "..." in row.what else row.what
+                label = row.what.replace("...", context.rsplit(": ", 1)[0] + ":")
                 bars.append((label, max(share, 1e-2), min(shares), max(shares), row.met))
     figure, axes = plt.subplots(figsize=(10, 0.26 * len(bars) + 1), layout="constrained")
     for place, (_, share, low, high, met) in enumerate(bars):

@@ -137,7 +137,7 @@ def _resident(field):
 
 
 def labels_like_a_heart(count, size):
-    """Labels (count, size, size) uint8: a ring and a crescent, 14 % of the pixels, each somewhere else."""
+    """Labels (count, size, size) uint8: a ring and a crescent, 11 % of the pixels, each somewhere else."""
     rng = np.random.default_rng(0)
     x, y = np.meshgrid(*[np.arange(size)] * 2, indexing="ij")
     labels = np.zeros((count, size, size), np.uint8)

@@ -116,7 +116,7 @@ def data_path(folder, rounds):
     cache = cache_of(folder / "path.h5", 4, 6, 8, size)
     store = SliceStore(cache, cache.cases, DEVICE)
     slices, loader = LabelledSlices(store), their_loader(store, batch)
-    images, labels = slices.draw(batch, 0, 0)
+    drawn = slices.draw(batch, 0, 0)
 
     def ours():
         for k in range(64 // batch):
@@ -127,7 +127,7 @@ def data_path(folder, rounds):
             each["image"].to(DEVICE)
 
     times = in_turn({"ours": ours, "theirs": theirs}, rounds)
-    alone = in_turn({"alone": lambda: augment.augment_slices(images, labels, 0, 0)}, rounds)["alone"]
+    alone = in_turn({"alone": lambda: augment.augment_slices(*drawn, 0, 0)}, rounds)["alone"]
     rates = (64 / times[name] for name in ("ours", "theirs"))
     return [
         milliseconds("a random transform for each of 32 samples, 192 x 192", alone),
