@@ -1,7 +1,6 @@
 """Step 2: carry the expert labels of ED to the frames between ED and ES, with the registration of step 1."""
 
 import copy
-import hashlib
 import itertools
 import shutil
 
@@ -19,6 +18,7 @@ from cardiac.parts import PARTS, UNKEPT, Parts
 from cardiac.run import choose_device, describe, run_folder, script
 from cardiac.settings import PropagationSettings, RegistrationSettings, parse
 from cardiac.slices import SliceStore
+from cardiac.training import weights_digest
 from train_registration import Registration
 
 COLUMNS = ("case", "vendor", "frame", "slice", "source", "confidence", "folding_percent", "kept")
@@ -31,11 +31,8 @@ def main(argv):
     network, trained = propagation.load_registration(settings.out, device)
     cache = open_cache(settings)
     cases = [case for case in cache.split("Training") if case.labelled]
-    # of the weights alone: the file has the run's clock in it too
-    parts = b"".join(part.cpu().numpy().tobytes() for part in network.state_dict().values())
-    digest = hashlib.sha256(parts).hexdigest()[:16]
-    made_from = f"registration of step {trained.step}, {digest}, {settings.frames}, {settings.recipe}"
-    made_from += f", trust {settings.trust}, refined {settings.refine}"
+    made_from = f"registration of step {trained.step}, {weights_digest(network)}, {settings.frames}, "
+    made_from += f"{settings.recipe}, trust {settings.trust}, refined {settings.refine}"
     with run_folder(settings, "propagation", cache.cases) as folder:
         path = folder / "labels.h5"
         if propagation.made_from(path) == made_from:

@@ -42,7 +42,9 @@ class Registration:
         return velocity, resize_displacement(integrate(velocity), fixed.shape[-2:])
 
     def losses(self, batch):
-        """Image similarity + smoothness + overlap of the labels (Balakrishnan et al., 2019)."""
+        """Image similarity + smoothness + overlap of the labels (Balakrishnan et al., 2019); where it has a
+        weight, the labels' squared difference as well.
+        """
         regions, target = losses.one_hot(batch.moving_labels), losses.one_hot(batch.fixed_labels)
         velocity, displacement = self.transform(batch.moving, batch.fixed, regions)
         # image and labels go through one grid_sample
