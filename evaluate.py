@@ -50,7 +50,10 @@ def main(argv):
             "all_frames": settings.all_frames,
             "largest_component": settings.largest_component,
             "mirrored": settings.mirrored,
-            "models": {model: {"steps": run["steps"], "best": run["best"]} for model, run in trained.items()},
+            "models": {
+                model: {"steps": progress.step, "weights": weights_digest(network)}
+                for model, (network, progress) in models.items()
+            },
         }
         summary = folder / "summary.json"
         done = read_json(summary) if summary.exists() else {}

@@ -1,11 +1,9 @@
 """Step 2: carry the expert labels of ED to the frames between ED and ES, with the registration of step 1."""
 
-import copy
 import itertools
 import shutil
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from cardiac import propagation, report
@@ -16,10 +14,9 @@ from cardiac.losses import IGNORED
 from cardiac.nifti import write_labels
 from cardiac.parts import PARTS, UNKEPT, Parts
 from cardiac.run import choose_device, describe, run_folder, script
-from cardiac.settings import PropagationSettings, RegistrationSettings, parse
+from cardiac.settings import PropagationSettings, parse
 from cardiac.slices import SliceStore
 from cardiac.training import weights_digest
-from train_registration import Registration
 
 COLUMNS = ("case", "vendor", "frame", "slice", "source", "confidence", "folding_percent", "kept")
 
@@ -32,7 +29,7 @@ def main(argv):
     cache = open_cache(settings)
     cases = [case for case in cache.split("Training") if case.labelled]
     made_from = f"registration of step {trained.step}, {weights_digest(network)}, {settings.frames}, "
-    made_from += f"{settings.recipe}, trust {settings.trust}, refined {settings.refine}"
+    made_from += f"{settings.recipe}, trust {settings.trust}"
     with run_folder(settings, "propagation", cache.cases) as folder:
         path = folder / "labels.h5"
         if propagation.made_from(path) == made_from:
@@ -44,14 +41,12 @@ def main(argv):
             print(
                 f"propagation: {len(cases)} cases, registration of step {trained.step}, on {describe(device)}"
             )
-            propagated, rows = propagate(
-                network, cache, cases, settings, device, Parts(folder / PARTS, made_from)
-            )
+            parts = Parts(folder / PARTS, (made_from, settings.size, settings.spacing))
+            propagated, rows = propagate(network, cache, cases, settings, device, parts)
             columns = (*COLUMNS, "fault") if settings.trust else COLUMNS
             write_csv(folder / "quality.csv", columns, rows)
             report.draw_cine(folder / "cine.gif", cache, cases, propagated)
             propagated.write(path, made_from)  # last: what it is there for is finished
-        shutil.rmtree(folder / PARTS, ignore_errors=True)
         for case in tqdm(cases, "nifti", unit="case") if settings.nifti else ():
             target = folder / "nifti" / f"{case.code}_sa_propagated.nii.gz"
             if not target.exists():
@@ -95,8 +90,6 @@ def propagate_case(network, cache, case, settings, device):
     """
     store = SliceStore(cache, [case], device)
     gain = propagation.carried_to_es(network, store) if len(case.expert) == 2 else None
-    if settings.refine:
-        network = refine(network, store, settings)
     rows, maps = [], [np.zeros((2, 0, cache.size, cache.size), np.uint8)]
     for start, end, frames in propagation.intervals(case, settings.frames):
         if not frames:
@@ -112,22 +105,6 @@ def propagate_case(network, cache, case, settings, device):
         maps.append(np.stack([found.labels[kept], found.trust[kept]]))
     labels, trust = np.concatenate(maps, axis=1)
     return {"rows": rows, "gain": gain, "labels": labels, "trust": trust}
-
-
-def refine(network, store, settings):
-    """A copy of the network after `settings.refine` steps on the one patient in `store`: ED and ES, whose
-    labels are known, and every other frame, at a tenth of the training's learning rate.
-    """
-    words = ["--data", str(settings.data), "--out", str(settings.out)]
-    trained = parse(RegistrationSettings, words, None, own=("registration",))
-    task = Registration(trained, store, store)
-    task.network = copy.deepcopy(network)
-    optimizer = torch.optim.Adam(task.network.parameters(), lr=0.1 * trained.lr)
-    for step in range(settings.refine):
-        optimizer.zero_grad()
-        task.losses(task.draw(step))["loss"].backward()
-        optimizer.step()
-    return task.network
 
 
 def on_own_grid(cache, case, propagated):

@@ -72,7 +72,7 @@ class Settings:
                 f"--size {self.size}: the networks halve it four times; take {down} or {down + 16}"
             )
         limits = dict.fromkeys(
-            ("workers", "patience", "refine", "smoothness", "dice_weight", "difference_weight"),
+            ("workers", "patience", "smoothness", "dice_weight", "difference_weight"),
             (0, float("inf")),
         )
         limits |= dict.fromkeys(("averaging", "labelled_share", "expert_share"), (0, 1))
@@ -142,7 +142,6 @@ class PropagationSettings(Settings):
     trust: bool = setting(
         False, "labels of ED and ES fused, every pixel weighed by trust, every slice checked (`trust.py`)"
     )
-    refine: int = setting(0, "steps of training on the two labelled frames of each patient before")
 
     frames: str = setting(
         "systole", "systole: the frames between ED and ES; all: diastole too", choices=("systole", "all")

@@ -2,8 +2,8 @@
 
     python experiments/phantom_truth.py --out experiments/runs/truth --seeds 3
 
-For every seed and recipe, `strong` with the refinement of --refine steps too: register, propagate, and score
-every slice that lies between ED and ES on its case's own grid. Rows that are in OUT/slices.csv already are
+For every seed and recipe: register, propagate, and score every slice that lies between ED and ES on its
+case's own grid. Rows that are in OUT/slices.csv already are
 not made again. Ends with three tables, mean over seeds (and standard deviation): Dice in 3-D over the slices
 kept; the error (1 - Dice) of the 80 % most trusted slices beside that of the rest; Spearman's correlation of
 a slice's true Dice with its confidence, its place (distance from the middle of the labelled slices) and the
@@ -33,17 +33,11 @@ COLUMNS = ("seed", "recipe", "case", "frame", "slice", "kept", "confidence", "pl
 
 def run(out, data, recipe, seed, words):
     """Register and propagate; the rows of slices.csv."""
-    folder = out / f"seed{seed}" / recipe.replace(" ", "-")
-    common = ["--data", data, "--cache", out / f"cache-{recipe.split()[0]}", "--out", folder]
-    if recipe.endswith("refined"):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "registration").exists():
-            (folder / "registration").symlink_to((folder.parent / "strong" / "registration").resolve())
-        common += ["--refine", words.refine]
-    else:
-        grid = ["--size", words.size, "--spacing", words.spacing]
-        steps = ["--seed", seed, "--recipe", recipe, "--max-steps", words.steps]
-        call(train_registration, *common, *grid, *steps, *words.more)
+    folder = out / f"seed{seed}" / recipe
+    common = ["--data", data, "--cache", out / f"cache-{recipe}", "--out", folder]
+    grid = ["--size", words.size, "--spacing", words.spacing]
+    steps = ["--seed", seed, "--recipe", recipe, "--max-steps", words.steps]
+    call(train_registration, *common, *grid, *steps)
     call(propagate_labels, *common)
     settings = parse(PropagationSettings, [str(word) for word in common], None, earlier=("registration",))
     return score(folder, open_cache(settings), {"seed": seed, "recipe": recipe})
@@ -124,14 +118,13 @@ def main():
     parser.add_argument("--size", type=int, default=112, help="pixels")
     parser.add_argument("--spacing", type=float, default=1.4, help="mm")
     parser.add_argument("--steps", type=int, default=1500, help="of each registration")
-    parser.add_argument("--refine", type=int, default=0, help="steps; 0: leave the refinement out")
-    words, words.more = parser.parse_known_args()
+    words = parser.parse_args()
     data, path = words.out / "phantom", words.out / "slices.csv"
     if not (data / "phantom.json").exists():
         phantom.write_phantom(data)
     rows = read_csv(path) if path.exists() else []
     for seed in range(words.seeds):
-        for recipe in ("paper", "strong", *["strong refined"] * bool(words.refine)):
+        for recipe in ("paper", "strong"):
             if (str(seed), recipe) not in {(row["seed"], row["recipe"]) for row in rows}:
                 found = run(words.out, data, recipe, seed, words)
                 write_csv(path, COLUMNS, [*rows, *found])

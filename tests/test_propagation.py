@@ -160,7 +160,7 @@ def test_folding_counts_near_the_heart_alone(swinging, monkeypatch, size, expect
 
 def words(frames, trust=False):
     """What `propagate` looks at of its settings."""
-    return SimpleNamespace(frames=frames, trust=trust, refine=0)
+    return SimpleNamespace(frames=frames, trust=trust)
 
 
 def test_a_slice_that_one_phase_lacks_comes_from_the_other_in_the_nearer_half(swinging):
