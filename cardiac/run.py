@@ -127,7 +127,7 @@ def choose_device(name):
         )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
+    if name == "cuda" and parallel.LAUNCHED:
         torch.cuda.set_device(parallel.LOCAL_RANK)
     return torch.device(name)
 
