@@ -48,12 +48,13 @@ class Ours:
 
     def train(self, moving, fixed):
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
-            velocity = self.network(moving, fixed)
+            velocity = self.network(moving, fixed, None)  # not guided by labels
         warped = warp(moving, resize_displacement(integrate(velocity), self.size))
         return warped, velocity
 
     def register(self, moving, fixed):
-        return warp(moving, networks.register(self.network, moving, fixed))
+        unknown = torch.full_like(moving[:, 0], losses.IGNORED, dtype=torch.uint8)
+        return warp(moving, networks.register(self.network, moving, fixed, unknown))
 
 
 class Theirs:

@@ -153,7 +153,7 @@ def scores(task, store):
     for case in store.cases:
         ed, es = (store.frame(case, frame) for frame in (case.ed, case.es))
         source, target = (store.expert(case, frame) for frame in (case.ed, case.es))
-        _, displacement = task.transform(ed, es)
+        _, displacement = task.transform(ed, es, one_hot(source))
         warped = most_likely(task.warp(one_hot(source), displacement).transpose(0, 1).numpy())
         found.append([dice(warped == label, target.numpy() == label) for label in LABELS.values()])
         outside = ((source == 0) & (target == 0)).numpy()

@@ -83,7 +83,8 @@ def test_shares_of_random_transforms_are_parts_of_the_whole(as_process, count):
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(6, 1, 32, 32, generator=generator)
     labels = torch.randint(4, (6, 32, 32), generator=generator).to(torch.uint8)
-    whole = [augment.augment_slices(images, labels, 3, 5)]
+    trust = 60 * labels.flip(0)
+    whole = [augment.augment_slices(images, labels, trust, 3, 5)]
     pairs = PairBatch(images, images.flip(0), labels, labels.flip(0), torch.ones(6, dtype=torch.bool))
     whole.append(vars(augment.augment_pairs(pairs, 3, 5)).values())
     parts = []
@@ -92,7 +93,7 @@ def test_shares_of_random_transforms_are_parts_of_the_whole(as_process, count):
         part = PairBatch(*(parallel.share(each) for each in vars(pairs).values()))
         parts.append(
             [
-                augment.augment_slices(parallel.share(images), parallel.share(labels), 3, 5),
+                augment.augment_slices(*map(parallel.share, (images, labels, trust)), 3, 5),
                 vars(augment.augment_pairs(part, 3, 5)).values(),
             ]
         )
