@@ -242,7 +242,8 @@ def draw_cine(path, cache, cases, propagated):
         for axes, z in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
             show_slice(axes, images[z], labels[z], vmin=0, vmax=1)
             axes.set_title(f"slice {z}", fontsize=8, color="white")
-        kind = {case.ed: "ED, expert", case.es: "ES, expert"}.get(frame, "propagated")
+        expert = [f"{phase}, expert" for phase, at in case.phases.items() if at == frame in case.expert]
+        kind = expert[0] if expert else "propagated"
         figure.suptitle(f"{case.code}  frame {frame}  ({kind})", fontsize=9, color="white")
         canvas = FigureCanvasAgg(figure)
         canvas.draw()

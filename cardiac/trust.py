@@ -27,7 +27,8 @@ def fuse(carried, nearness):
     carried: {phase: `propagation.Carried`}; nearness: {phase: (F,)} from 1 at that phase to 0 at the other.
     Returns regions (F, Z, 3, S, S), trust (F, Z, S, S) in [0, 1] and sources, {phase: (F, Z) bool}: the
     phases that a slice has its label from. One that only one of two known phases shows, out of which the base
-    moves at an unknown time, has it in the nearer half, and less trust the later.
+    moves at an unknown time, has it in the nearer half, and less trust the later. Where ES is not known, so
+    do the two ends of ED's stack: in the most basal slice the RV is gone at ES in three patients of four.
 
     A pixel's trust is the share of its label among the guesses, times how well they fit: the image that is
     left, the cycle's miss, and the Dice of the slice's label with itself after it.
@@ -39,6 +40,10 @@ def fuse(carried, nearness):
             phase: sources[phase] & (sources[rest] | (nearness[phase] >= 0.5)[:, None])
             for phase, rest in ((one, other), (other, one))
         }
+    elif "ED" in carried:
+        shown = F.pad(carried["ED"].present, (1, 1))
+        inner = shown[:-2] & shown[2:]
+        sources["ED"] = sources["ED"] & (inner | (nearness["ED"] >= 0.5)[:, None])
     weights, fits = {}, {}
     for phase, each in carried.items():
         fit = torch.exp(-each.residual / RESIDUAL - each.cycle / CYCLE_MM)

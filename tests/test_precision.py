@@ -9,6 +9,7 @@ import torch
 import train_registration
 import train_segmentation
 from cardiac.cache import open_cache
+from cardiac.losses import one_hot
 from cardiac.settings import RegistrationSettings, SegmentationSettings
 from cardiac.slices import LabelledSlices, SliceStore
 from cardiac.warp import integrate, resize_displacement
@@ -17,7 +18,8 @@ CPU, STEPS = torch.device("cpu"), 60
 
 
 def registration(cache, device):
-    words = RegistrationSettings(batch_size=8, similarity="ncc", smoothness=1.0)
+    words = RegistrationSettings(batch_size=8, similarity="ncc", smoothness=1.0, guided=True)
+    words.difference_weight = 20.0
     return train_registration.Registration(words, *stores(cache, device))
 
 
@@ -63,7 +65,8 @@ def outcome(learnt, device, mixed):
     task.network.eval()
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=mixed):
         if make is registration:
-            found = resize_displacement(integrate(task.network(ed, es)), ed.shape[-2:])
+            regions = one_hot(task.validation.expert(case, case.ed))
+            found = resize_displacement(integrate(task.network(ed, es, regions)), ed.shape[-2:])
         else:
             found = task.network(ed).float().softmax(1)
     return torch.stack(losses).detach().cpu(), gradient.cpu(), found.cpu()

@@ -182,7 +182,9 @@ def test_withheld_phases_are_labelled_and_the_known_one_is_the_source(swinging):
             propagated, rows = propagate_labels.propagate(
                 follower, cache, [known], words("systole", trust), CPU
             )
-            assert sorted({frame for _, frame, _ in propagated.where}) == expected
+            # of ED's two labelled slices both are ends of the stack, given up half-way to an unknown ES
+            own = [2] if trust and withheld == case.es else expected
+            assert sorted({frame for _, frame, _ in propagated.where}) == own
             assert {row["source"] for row in rows} - {""} == {"ED" if withheld == case.es else "ES"}
         spans = propagation.intervals(known, "all")
         assert sorted(f for *_, frames in spans for f in frames) == sorted({0, 2, 3, 5, withheld})

@@ -84,11 +84,19 @@ def test_a_slice_that_one_phase_lacks_is_the_other_ones_in_the_nearer_half_and_t
 
 def test_one_known_phase_is_trusted_by_its_fit_alone():
     labels = frames(ring(), ring())
-    nearness = {"ED": torch.tensor([0.5, 0.0])}
-    regions, certainty, sources = trust.fuse({"ED": carried(labels, residual=trust.RESIDUAL)}, nearness)
+    nearness = {"ES": torch.tensor([0.5, 0.0])}
+    regions, certainty, sources = trust.fuse({"ES": carried(labels, residual=trust.RESIDUAL)}, nearness)
     assert torch.allclose(regions[:, :, 0], (labels == 1).float())
     assert torch.allclose(certainty, torch.full_like(certainty, torch.e**-1))
-    assert sources["ED"].all()
+    assert sources["ES"].all()
+
+
+@pytest.mark.parametrize(("phase", "late"), [("ED", [2]), ("ES", [1, 2, 3])])
+def test_the_ends_of_the_stack_are_given_up_half_way_where_es_is_not_known(phase, late):
+    labels = ring().expand(3, 5, -1, -1)
+    ends = carried(labels, present=(False, True, True, True, False))
+    _, _, sources = trust.fuse({phase: ends}, {phase: torch.tensor([0.75, 0.5, 0.25])})
+    assert [row.nonzero().flatten().tolist() for row in sources[phase]] == [[1, 2, 3], [1, 2, 3], late]
 
 
 def test_enclosed():
