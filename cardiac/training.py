@@ -63,16 +63,9 @@ def fit(task, settings, folder, device, outcome="curves.png"):
     it is still to be made, in the first of several processes (`parallel.py`), which alone validates and
     writes. Raises InputError when the loss is no longer finite; last.pt is from before that.
     """
-    first = parallel.RANK == 0
-    network = task.network.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(network.parameters(), lr=settings.lr)
-    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=settings.patience)
-    average = WeightAverage(network, settings.averaging)
-    parts = {"network": network, "optimizer": optimizer, "schedule": schedule, "average": average}
-    progress = Progress()
-    if (folder / "last.pt").exists():
-        progress = _resume(folder / "last.pt", device, parts)
-    total = settings.total_steps
+    first, total = parallel.RANK == 0, settings.total_steps
+    run = Run(task, settings, folder, device)
+    progress = run.progress
     if progress.step >= total:
         print(
             f"{folder}: finished at step {progress.step}; a larger --max-steps or --epochs goes on",
@@ -80,78 +73,102 @@ def fit(task, settings, folder, device, outcome="curves.png"):
         )
         return first and not (folder / outcome).exists()
     (folder / outcome).unlink(missing_ok=True)
-    # the last epoch of a run that --max-steps cut short goes on as if it had not been
-    progress.rows = [row for row in progress.rows if row["step"] % settings.steps_per_epoch == 0]
-    if not progress.rows:
-        progress.best = -math.inf
-
-    def save(name="last.pt"):
-        if not first:
-            return
-        meter.read()
-        if not all(weight.isfinite().all() for weight in network.parameters()):
-            raise InputError(f"the weights are not finite after step {progress.step}; {HELP}")
-        state = {part: holder.state_dict() for part, holder in parts.items()}
-        write_checkpoint(folder / name, {**state, "progress": dataclasses.asdict(progress)})
-        meter.saved = time.perf_counter()
-
-    def validate():
-        network.eval()
-        with torch.no_grad(), average.applied():
-            return task.validate()
-
-    meter = Meter(progress, total, settings.batch_size, device)
+    meter = run.begin()
     profiler = profile_steps(folder, meter.bar) if settings.profile and first else contextlib.nullcontext()
     with deferred_signals() as leave_if_asked, meter.bar, profiler:
         while progress.step < total:
-            network.train()
-            with meter.waiting():
-                batch = task.draw(progress.step)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                losses = task.losses(batch)
-            optimizer.zero_grad()
-            losses["loss"].backward()
-            losses = parallel.average(network, losses)
-            optimizer.step()
-            progress.step += 1
-            average.update(progress.step)
-            meter.add(losses)
+            run.step()
             if settings.profile and first:
                 profiler.step()
-
-            epoch_ends = progress.step % settings.steps_per_epoch == 0
-            if epoch_ends or progress.step == total:
-                means = meter.read()
-                scores = parallel.from_first(validate)
-                learning_rate = optimizer.param_groups[0]["lr"]
-                progress.rows.append(
-                    {
-                        "epoch": math.ceil(progress.step / settings.steps_per_epoch),
-                        "step": progress.step,
-                        "lr": learning_rate,
-                        **means,
-                        **scores,
-                        **meter.timing(),
-                    }
-                )
-                if epoch_ends:
-                    schedule.step(scores["val_loss"])
-                    meter.restart()
-                # within an epoch --max-steps makes a best.pt only where there is none: the run may go on
-                if scores["score"] > progress.best and (epoch_ends or len(progress.rows) == 1):
-                    progress.best = scores["score"]
-                    with average.applied():
-                        save("best.pt")
-                if first:
-                    write_csv(folder / "log.csv", list(progress.rows[-1]), progress.rows)
-                meter.show(scores)
-                save()
+            if progress.step % settings.steps_per_epoch == 0 or progress.step == total:
+                run.end_epoch()
             elif time.perf_counter() - meter.saved > SAVE_EVERY:
-                save()
+                run.save()
             if first:  # the others would leave it alone in the middle of a step
-                leave_if_asked(save)
+                leave_if_asked(run.save)
     meter.summary()
     return first
+
+
+class Run:
+    """A network in training: what Adam, the schedule and the average know, how far it is, and its files."""
+
+    def __init__(self, task, settings, folder, device):
+        self.task, self.settings, self.folder, self.device = task, settings, folder, device
+        self.network = task.network.to(device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=settings.lr)
+        self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self.optimizer, factor=0.1, patience=settings.patience
+        )
+        self.average = WeightAverage(self.network, settings.averaging)
+        names = ("network", "optimizer", "schedule", "average")  # of a checkpoint, beside the progress
+        self.parts = {name: getattr(self, name) for name in names}
+        self.progress = Progress()
+        if (folder / "last.pt").exists():
+            self.progress = _resume(folder / "last.pt", device, self.parts)
+
+    def begin(self):
+        """Start the clock; returns the `Meter`."""
+        progress, settings = self.progress, self.settings
+        # the last epoch of a run that --max-steps cut short goes on as if it had not been
+        progress.rows = [row for row in progress.rows if row["step"] % settings.steps_per_epoch == 0]
+        if not progress.rows:
+            progress.best = -math.inf
+        self.meter = Meter(progress, settings.total_steps, settings.batch_size, self.device)
+        return self.meter
+
+    def step(self):
+        """One step of the optimiser."""
+        self.network.train()
+        with self.meter.waiting():
+            batch = self.task.draw(self.progress.step)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            losses = self.task.losses(batch)
+        self.optimizer.zero_grad()
+        losses["loss"].backward()
+        losses = parallel.average(self.network, losses)
+        self.optimizer.step()
+        self.progress.step += 1
+        self.average.update(self.progress.step)
+        self.meter.add(losses)
+
+    def end_epoch(self):
+        """Validate, log, adapt the learning rate and save; after a part of an epoch, where --max-steps ends a
+        run, as little as leaves it free to go on.
+        """
+        progress, settings = self.progress, self.settings
+        whole = progress.step % settings.steps_per_epoch == 0
+        epoch = math.ceil(progress.step / settings.steps_per_epoch)
+        means, scores = self.meter.read(), parallel.from_first(self._validate)
+        row = {"epoch": epoch, "step": progress.step, "lr": self.optimizer.param_groups[0]["lr"]}
+        progress.rows.append({**row, **means, **scores, **self.meter.timing()})
+        if whole:
+            self.schedule.step(scores["val_loss"])
+            self.meter.restart()
+        if scores["score"] > progress.best and (whole or len(progress.rows) == 1):
+            progress.best = scores["score"]
+            with self.average.applied():
+                self.save("best.pt")
+        if parallel.RANK == 0:
+            write_csv(self.folder / "log.csv", list(progress.rows[-1]), progress.rows)
+        self.meter.show(scores)
+        self.save()
+
+    def _validate(self):
+        self.network.eval()
+        with torch.no_grad(), self.average.applied():
+            return self.task.validate()
+
+    def save(self, name="last.pt"):
+        """Write a checkpoint, in the first process; InputError rather than weights that are not finite."""
+        if parallel.RANK:
+            return
+        self.meter.read()
+        if not all(weight.isfinite().all() for weight in self.network.parameters()):
+            raise InputError(f"the weights are not finite after step {self.progress.step}; {HELP}")
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        write_checkpoint(self.folder / name, {**state, "progress": dataclasses.asdict(self.progress)})
+        self.meter.saved = time.perf_counter()
 
 
 class WeightAverage:
