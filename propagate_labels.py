@@ -9,7 +9,7 @@ from tqdm import tqdm
 from cardiac import propagation, report
 from cardiac.cache import most_likely, one_hot, open_cache
 from cardiac.cases import load_labels
-from cardiac.files import write_csv
+from cardiac.files import InputError, write_csv
 from cardiac.losses import IGNORED
 from cardiac.nifti import write_labels
 from cardiac.parts import PARTS, UNKEPT, Parts
@@ -28,6 +28,8 @@ def main(argv):
     network, trained = propagation.load_registration(settings.out, device)
     cache = open_cache(settings)
     cases = [case for case in cache.split("Training") if case.labelled]
+    if not cases:
+        raise InputError(f"{cache.root}: no case of Training has labels; there is nothing to propagate")
     made_from = f"registration of step {trained.step}, {weights_digest(network)}, {settings.frames}, "
     made_from += f"{settings.recipe}, trust {settings.trust}"
     with run_folder(settings, "propagation", cache.cases) as folder:
@@ -74,9 +76,10 @@ def propagate(network, cache, cases, settings, device, parts=UNKEPT):
     rows = [row for result in found for row in result["rows"]]
     kept = [row for row in rows if row["kept"]]
     confidence = np.array([row["confidence"] for row in kept], np.float32)
-    if kept:
-        print(f"{len(kept)} slices propagated, mean confidence {confidence.mean():.3f}, "
-              f"{len(rows) - len(kept)} left out (no label at ED, or kept = 0 in quality.csv)")  # fmt: skip
+    if rows:
+        mean = f", mean confidence {confidence.mean():.3f}" if kept else ""
+        print(f"{len(kept)} slices propagated{mean}, {len(rows) - len(kept)} left out "
+              "(no label to carry, or kept = 0 in quality.csv)")  # fmt: skip
     else:
         print("no frame lies between ED and ES: nothing is propagated, and the files are empty")
     labels, trust = (np.concatenate([result[name] for result in found]) for name in ("labels", "trust"))

@@ -76,7 +76,7 @@ def read_propagated(settings):
             raise InputError(f"{path}: {what}; run propagate_labels.py before")
     if len(propagated.labels):
         return propagated
-    reason = "nothing was propagated: no frame lies between ED and ES"
+    reason = "nothing was propagated: no frame lies between ED and ES, or no slice was kept"
     if settings.labels == "propagated":
         raise InputError(f"{path}: {reason}; use --labels original")
     print(f"{reason}; training `original` alone")

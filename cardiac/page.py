@@ -205,11 +205,13 @@ def _propagation(cache, folder):
     view = _view((cache.spacing,) * 2, images, {"labels": labels}, names, notes)
     view |= {"title": f"{case.code} (vendor {case.vendor})", "start": 0}
     view["curve"] = [mean(confidence[frame]) if frame in confidence else None for frame in images]
+    what = "the mean trust of the heart's pixels"
+    if propagated.trust is None:
+        what = "the Dice of the label with itself after the way there and back"
     slices, patients = len(propagated.where), len({code for code, _, _ in propagated.where})
     text = (
-        f"{slices} slices of {patients} patients were labelled by carrying ED's labels along. Confidence, "
-        f"{np.mean(propagated.confidence):.3f} on average, is the Dice of ED's label with itself after ED to "
-        "t and back. The median patient is shown."
+        f"{slices} slices of {patients} patients were labelled by carrying expert labels along. Confidence, "
+        f"{np.mean(propagated.confidence):.3f} on average, is {what}. The median patient is shown."
     )
     return f"<p>{escape(text)}</p>{_viewer('propagation', [view])}"
 

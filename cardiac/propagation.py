@@ -177,7 +177,7 @@ def carry(network, store, source, frames):
     regions, residual = warped[:, 1:], trust.local_mean((warped[:, 0] - fixed[:, 0]).abs())
     carried = harden(regions)
     back = register(network, fixed, moving, carried)
-    cycled = one_hot(warp_labels(carried, back))
+    cycled = one_hot(warp_labels(labels, compose(forth, back)))  # one interpolation: two would erode
     cycle = compose(back, forth).norm(dim=1) * store.cache.spacing
     shown = origin.sum((-2, -1))
     agreement = 2 * (cycled * origin).sum((-2, -1)) / (shown + cycled.sum((-2, -1))).clamp(min=1)
@@ -224,9 +224,11 @@ def propagate_interval(network, store, start, end, frames, trusted):
         regions, certainty, sources = trust.fuse(carried, {start: 1 - elapsed, end: elapsed})
         labels = harden(regions)
         ends = [store.expert(case, case.phases[p]) if p in known else None for p in (start, end)]
-        fault = trust.faults(labels, ends, elapsed, folding, store.cache.spacing**2)
+        shown = torch.stack([each.present for each in carried.values()]).any(0)
+        given_up = shown & ~torch.stack(list(sources.values())).any(0)
+        fault = trust.faults(labels, ends, elapsed, folding, given_up, store.cache.spacing**2)
         heart = trust.local_mean((regions.sum(2) > 0.05).flatten(0, 1).float()).view_as(certainty)
-        confidence = (certainty * heart).sum((-2, -1)) / heart.sum((-2, -1))
+        confidence = (certainty * heart).sum((-2, -1)) / heart.sum((-2, -1)).clamp(min=1e-6)
     else:
         ((phase, only),) = carried.items()
         labels, confidence = harden(only.regions), only.confidence

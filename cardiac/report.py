@@ -265,10 +265,11 @@ def labelled_cine(cache, case, propagated):
     """{frame: (images (Z, S, S), labels (Z, S, S))} of all frames with labels, in the order of time from ED.
     """
     size, z = cache.size, case.slices
-    expert = np.empty((2 * z, size, size), np.uint8)
-    cache.read("labels", [(case.first_label, case.first_label + 2 * z)], expert)
-    labels = {case.ed: expert[:z], case.es: expert[z:]}
-    labels |= propagated.of(case)  # where a phase was propagated, its expert label was not known
+    labels = propagated.of(case)
+    for frame in case.expert:
+        labels[frame] = np.empty((z, size, size), np.uint8)
+        rows = case.label_rows(frame)
+        cache.read("labels", [(rows[0], rows[-1] + 1)], labels[frame])
     frames = {}
     for frame in sorted(labels, key=lambda frame: (frame - case.ed) % case.frames):
         images = np.empty((z, size, size), np.float16)

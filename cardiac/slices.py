@@ -204,8 +204,9 @@ class LabelledSlices:
         propagated = len(self) - self.expert
         if self.expert_share > 0 and propagated:
             chance = torch.rand(2, batch_size, generator=generator)
-            one, other = (chance[1] * count for count in (self.expert, propagated))
-            which = torch.where(chance[0] < self.expert_share, one, self.expert + other).long()
+            # rounded down before they are added: the sum of floats could round up to len(self)
+            one, other = ((chance[1] * count).long() for count in (self.expert, propagated))
+            which = torch.where(chance[0] < self.expert_share, one, self.expert + other)
         which = share(which)
         trust = torch.where(which < self.expert, -1, which - self.expert).clamp(max=len(self.trust) - 1)
         images = self.store.images(self.rows[which])

@@ -43,6 +43,7 @@ def fuse(carried, nearness):
     elif "ED" in carried:
         shown = F.pad(carried["ED"].present, (1, 1))
         inner = shown[:-2] & shown[2:]
+        inner |= ~inner.any()  # of one or two slices there would be nothing left
         sources["ED"] = sources["ED"] & (inner | (nearness["ED"] >= 0.5)[:, None])
     weights, fits = {}, {}
     for phase, each in carried.items():
@@ -83,15 +84,23 @@ def enclosed(labels):
     return (border > 0) & (opened <= OPEN_SHARE * border)
 
 
-def faults(labels, ends, elapsed, folding, pixel_mm2):
+def faults(labels, ends, elapsed, folding, given_up, pixel_mm2):
     """What is wrong with the labels (F, Z, S, S) of successive frames of an interval: a (F, Z) list of texts.
 
     ends: the expert labels (Z, S, S) of the interval's start and end, None where they are not known; elapsed:
-    (F,) share of it that has passed; folding: (F, Z) percent. "" where nothing is.
+    (F,) share of it that has passed; folding: (F, Z) percent; given_up: (F, Z) bool, slices whose label is no
+    longer taken by `fuse`. "" where nothing is.
     """
-    known = [end for end in ends if end is not None]
-    found = {"folding": folding > FOLDING_PERCENT}
-    found["LV open"] = torch.stack([enclosed(end) for end in known]).all(0) & ~enclosed(labels)
+    known = torch.stack([end for end in ends if end is not None])
+    closed = enclosed(known) | ~(known == LABELS["LV"]).flatten(2).any(2)  # an end without LV does not object
+    source_closed = closed.all(0) & enclosed(known).any(0)
+    there = (labels > 0).flatten(2).any(2) & ~given_up
+    found = {
+        "given up half-way": given_up,
+        "folding": folding > FOLDING_PERCENT,
+        "no label left": ~there & ~given_up & (known > 0).flatten(2).any(2).any(0),
+        "LV open": there & source_closed & ~enclosed(labels),
+    }
     if len(known) == 2:
         start, end = (areas(each, "MYO", pixel_mm2) for each in ends)
         expected = torch.lerp(start.float(), end.float(), elapsed[:, None])

@@ -23,6 +23,7 @@ from cardiac import CLASSES, REGIONS, evaluation
 from cardiac.cache import open_cache
 from cardiac.evaluation import aligned
 from cardiac.files import read_csv, write_csv
+from cardiac.networks import Mirrored
 from cardiac.run import choose_device, run_folder
 from cardiac.settings import EvaluationSettings, SegmentationSettings, parse
 from cardiac.slices import LabelledSlices, SliceStore
@@ -79,7 +80,8 @@ def run(model, seed, words, others):
         seconds = float(read_csv(folder / "log.csv")[-1]["seconds"])
     cases = [case for case in cache.split("Testing") if case.labelled]
     how = EvaluationSettings(data=words.data, out=place, workers=settings.workers)
-    scored = evaluation.score_model(model, task.network, cache, cases, how, device, place / "predictions")
+    network = Mirrored(task.network) if recipe == "strong" else task.network
+    scored = evaluation.score_model(model, network, cache, cases, how, device, place / "predictions")
     parameters = sum(each.numel() for each in task.network.parameters())
     start = {"seed": seed, "parameters": parameters, "training_seconds": seconds}
     return [{**start, **row} for row, _ in scored]

@@ -204,3 +204,15 @@ def test_propagated_slices_of_patients_held_out_for_validation_are_left_out(cach
 def test_an_empty_set_of_propagated_slices_changes_nothing(cache):
     empty = Propagated(np.zeros((0, SIDE, SIDE), np.uint8), [], np.zeros(0, np.float32))
     assert drawn_slices(LabelledSlices(SliceStore(cache, CASES, CPU), empty)) == EXPERT
+
+
+def test_the_share_of_expert_slices_holds_and_no_draw_is_out_of_range(cache, monkeypatch):
+    where = [("LAST", 0, z) for z in range(3)]
+    slices = LabelledSlices(SliceStore(cache, CASES, CPU), propagated(*where), expert_share=0.75)
+    labels = torch.cat([slices.draw(256, 0, step)[1][:, 0, 0] for step in range(8)])
+    assert (labels < 50).float().mean().item() == pytest.approx(0.75, abs=0.03)
+    slices.rows, slices.expert = torch.zeros(16800, dtype=torch.long), 3300
+    nearly_one = torch.full((2, 4), 1 - 2**-24)  # the largest that torch.rand draws
+    monkeypatch.setattr(torch, "rand", lambda *size, generator: nearly_one)
+    monkeypatch.setattr(slices, "labels", torch.zeros(16800, SIDE, SIDE, dtype=torch.uint8))
+    slices.draw(4, 0, 0)

@@ -110,7 +110,9 @@ def faults(labels, ends, folding=0.0, elapsed=None):
     labels = frames(*labels)
     elapsed = torch.linspace(0, 1, len(labels) + 2)[1:-1] if elapsed is None else elapsed
     ends = [end if end is None else end[None] for end in ends]
-    return [row[0] for row in trust.faults(labels, ends, elapsed, torch.full(labels.shape[:2], folding), 2.0)]
+    given_up = torch.zeros(labels.shape[:2], dtype=bool)
+    found = trust.faults(labels, ends, elapsed, torch.full(labels.shape[:2], folding), given_up, 2.0)
+    return [row[0] for row in found]
 
 
 def test_a_heart_that_contracts_smoothly_is_without_fault():
@@ -133,3 +135,20 @@ def test_each_fault_is_named():
 def test_areas_that_are_unknown_at_one_end_are_not_compared():
     assert faults([ring(6, 14)], (ring(), None)) == [""]
     assert faults([ring(6, 14)], (ring(), torch.zeros_like(ring()))) == [""]
+
+
+def test_what_is_open_is_named_where_one_end_alone_shows_the_slice():
+    opened, none = ring(), torch.zeros_like(ring())
+    opened[20:, 20:][opened[20:, 20:] == 2] = 0
+    assert faults([opened], (ring(), none)) == faults([opened], (ring(), None)) == ["LV open"]
+    assert faults([opened], (opened, none)) == [""]
+
+
+def test_a_label_that_vanishes_and_one_that_is_given_up_are_told_apart():
+    none = torch.zeros_like(ring())
+    assert faults([none], (ring(), none)) == ["no label left"]
+    assert faults([none], (none, none)) == [""], "there was none to carry"
+    given_up = torch.ones(1, 1, dtype=bool)
+    ends = (ring()[None], none[None])
+    found = trust.faults(frames(ring()), ends, torch.tensor([0.7]), torch.zeros(1, 1), given_up, 2.0)
+    assert found == [["given up half-way"]]
