@@ -22,11 +22,11 @@ COLUMNS = ("name", "seed", "split", *REGIONS, "mean", "folding_percent")
 AUGMENTED = ("--crop", "motion", "--augment", "--averaging", "0.998")
 RUNS = {  # each with the words of the one before it, from `paper` to `strong`
     "paper": (),
-    "+ crop about what moves": AUGMENTED[:2],
-    "+ augmentation, averaged weights": AUGMENTED,
-    "+ Dice weight 0.5": (*AUGMENTED, "--dice-weight", "0.5"),
-    "+ guided by the labels": (*AUGMENTED, "--dice-weight", "0.5", "--guided"),
-    "+ squared difference of the labels = strong": ("--recipe", "strong"),
+    "and crop about what moves": AUGMENTED[:2],
+    "and augmentation, averaged weights": AUGMENTED,
+    "and Dice weight 0.5": (*AUGMENTED, "--dice-weight", "0.5"),
+    "and guided by the labels": (*AUGMENTED, "--dice-weight", "0.5", "--guided"),
+    "and squared difference of the labels = strong": ("--recipe", "strong"),
     "strong, local NCC for the image": ("--recipe", "strong", "--similarity", "ncc", "--smoothness", "1"),
 }
 
