@@ -38,17 +38,13 @@ def frames_between(start, end, frames):
 def intervals(case, frames):
     """The successive frames to label: [(start, end, frames)] of systole and, for `frames` "all", diastole.
 
-    start, end: the phases "ED" and "ES" in the order met. A phase whose expert label is not known is labelled
-    as well, at the end of its interval.
+    start, end: the phases "ED" and "ES" in the order met. A phase whose expert label is not known belongs to
+    systole.
     """
-    found = []
-    for start, end in (("ED", "ES"), ("ES", "ED"))[: 2 if frames == "all" else 1]:
-        first, last = (case.phases[phase] for phase in (start, end))
-        inside = frames_between(first, last, case.frames)
-        found.append((start, end, inside + [last] * (last not in case.expert)))
-    if frames == "systole" and case.ed not in case.expert:
-        start, end, inside = found[0]
-        found = [(start, end, [case.ed, *inside])]
+    systole = (case.ed, *frames_between(case.ed, case.es, case.frames), case.es)
+    found = [("ED", "ES", [frame for frame in systole if frame not in case.expert])]
+    if frames == "all":
+        found.append(("ES", "ED", frames_between(case.es, case.ed, case.frames)))
     return found
 
 
@@ -179,17 +175,18 @@ def carry(network, store, source, frames):
     back = register(network, fixed, moving, carried)
     cycled = one_hot(warp_labels(labels, compose(forth, back)))  # one interpolation: two would erode
     cycle = compose(back, forth).norm(dim=1) * store.cache.spacing
-    shown = origin.sum((-2, -1))
-    agreement = 2 * (cycled * origin).sum((-2, -1)) / (shown + cycled.sum((-2, -1))).clamp(min=1)
-    confidence = (agreement * (shown > 0)).sum(1) / (shown > 0).sum(1)  # 0 / 0 is NaN: no label
+    areas = origin.sum((-2, -1))
+    agreement = 2 * (cycled * origin).sum((-2, -1)) / (areas + cycled.sum((-2, -1))).clamp(min=1)
+    shown = areas > 0  # regions
+    confidence = (agreement * shown).sum(1) / shown.sum(1)  # 0 / 0 is NaN: no label
 
     near = _dilate((labels > 0) | (carried > 0), NEAR_HEART_MM / store.cache.spacing)
     folded = (jacobian_determinant(forth) <= 0) & near
     folding = 100 * folded.sum((-2, -1)) / near.sum((-2, -1))
-    folding = torch.where((shown > 0).any(1), folding, torch.nan)
+    folding = torch.where(shown.any(1), folding, torch.nan)
     shape = (count, case.slices)
     parts = (part.unflatten(0, shape) for part in (regions, residual, cycle, confidence, folding))
-    return Carried(*parts, (shown > 0).any(1).view(shape)[0])
+    return Carried(*parts, shown.any(1).view(shape)[0])
 
 
 @dataclass
@@ -224,18 +221,20 @@ def propagate_interval(network, store, start, end, frames, trusted):
         regions, certainty, sources = trust.fuse(carried, {start: 1 - elapsed, end: elapsed})
         labels = harden(regions)
         ends = [store.expert(case, case.phases[p]) if p in known else None for p in (start, end)]
+        sourced = torch.stack(list(sources.values())).any(0)
         shown = torch.stack([each.present for each in carried.values()]).any(0)
-        given_up = shown & ~torch.stack(list(sources.values())).any(0)
-        fault = trust.faults(labels, ends, elapsed, folding, given_up, store.cache.spacing**2)
+        fault = trust.faults(labels, ends, elapsed, folding, shown & ~sourced, store.cache.spacing**2)
         heart = trust.local_mean((regions.sum(2) > 0.05).flatten(0, 1).float()).view_as(certainty)
         confidence = (certainty * heart).sum((-2, -1)) / heart.sum((-2, -1)).clamp(min=1e-6)
     else:
         ((phase, only),) = carried.items()
         labels, confidence = harden(only.regions), only.confidence
         certainty = torch.ones_like(only.cycle)
-        sources = {phase: only.present.expand(len(frames), -1)}
-    none = ~torch.stack(list(sources.values())).any(0)
-    confidence, folding = (torch.where(none, torch.nan, each).cpu().numpy() for each in (confidence, folding))
+        sourced = only.present.expand(len(frames), -1)
+        sources = {phase: sourced}
+    confidence, folding = (
+        torch.where(sourced, each, torch.nan).cpu().numpy() for each in (confidence, folding)
+    )
     masks = {phase: mask.tolist() for phase, mask in sources.items()}
     named = [
         ["+".join(p for p in masks if masks[p][f][z]) for z in range(case.slices)] for f in range(len(frames))

@@ -106,8 +106,8 @@ def faults(labels, ends, elapsed, folding, given_up, pixel_mm2):
         expected = torch.lerp(start.float(), end.float(), elapsed[:, None])
         off = (areas(labels, "MYO", pixel_mm2) - expected).abs() > WALL_CHANGE * expected + LEAST_MM2
         found["wall area"] = off & (start > 0) & (end > 0)
-        there = torch.cat([ends[0][None], labels, ends[1][None]])
-        cavity = areas(there, "LV", pixel_mm2).float()
+        interval = torch.cat([ends[0][None], labels, ends[1][None]])
+        cavity = areas(interval, "LV", pixel_mm2).float()
         middle = (cavity[:-2] + cavity[2:]) / 2
         jumps = (cavity[1:-1] - middle).abs() > LV_CHANGE * cavity.amax(0) + LEAST_MM2
         found["LV area jumps"] = jumps & (start > 0) & (end > 0)
