@@ -27,8 +27,10 @@ def fuse(carried, nearness):
     carried: {phase: `propagation.Carried`}; nearness: {phase: (F,)} from 1 at that phase to 0 at the other.
     Returns regions (F, Z, 3, S, S), trust (F, Z, S, S) in [0, 1] and sources, {phase: (F, Z) bool}: the
     phases that a slice has its label from. One that only one of two known phases shows, out of which the base
-    moves at an unknown time, has it in the nearer half, and less trust the later. Where ES is not known, so
-    do the two ends of ED's stack: in the most basal slice the RV is gone at ES in three patients of four.
+    moves at an unknown time, has it in the nearer half, as long as where the label lies the image is better
+    explained by that phase's image than by the other's, which shows what lies beyond the base; and it has
+    less trust the later. Where ES is not known, the two ends of ED's stack have it in the nearer half: in the
+    most basal slice the RV is gone at ES in three patients of four.
 
     A pixel's trust is the share of its label among the guesses, times how well they fit: the image that is
     left, the cycle's miss, and the Dice of the slice's label with itself after it.
@@ -37,7 +39,7 @@ def fuse(carried, nearness):
     if len(carried) == 2:
         one, other = sources
         sources = {
-            phase: sources[phase] & (sources[rest] | (nearness[phase] >= 0.5)[:, None])
+            phase: sources[phase] & (sources[rest] | _still_there(carried[phase], carried[rest], nearness[phase]))
             for phase, rest in ((one, other), (other, one))
         }
     elif "ED" in carried:
@@ -60,6 +62,12 @@ def fuse(carried, nearness):
         still_there = sum(sources[phase] * nearness[phase][:, None] for phase in carried)  # alone: the base
         trust = trust * torch.where(sources[one] & sources[other], 1, still_there)[..., None, None]
     return regions, trust, sources
+
+
+def _still_there(own, other, nearness):
+    """Which slices (F, Z) of a phase are taken to show its label, were the `other` phase not to show any."""
+    gain = (other.residual - own.residual) * own.regions.sum(2)
+    return (gain.sum((-2, -1)) > 0) & (nearness >= 0.5)[:, None]
 
 
 def local_mean(images, width=5):
@@ -96,7 +104,7 @@ def faults(labels, ends, elapsed, folding, given_up, pixel_mm2):
     source_closed = closed.all(0) & enclosed(known).any(0)
     there = (labels > 0).flatten(2).any(2) & ~given_up
     found = {
-        "given up half-way": given_up,
+        "given up": given_up,
         "folding": folding > FOLDING_PERCENT,
         "no label left": ~there & ~given_up & (known > 0).flatten(2).any(2).any(0),
         "LV open": there & source_closed & ~enclosed(labels),

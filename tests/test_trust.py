@@ -75,11 +75,21 @@ def test_a_label_that_does_not_come_back_as_itself_costs_the_whole_slice():
 
 def test_a_slice_that_one_phase_lacks_is_the_other_ones_in_the_nearer_half_and_trusted_less_with_time():
     labels = frames(ring(), ring(), ring())
-    missing = carried(torch.zeros_like(labels), present=(False,))
+    missing = carried(torch.zeros_like(labels), residual=0.2, present=(False,))
     _, certainty, sources = fuse(carried(labels), missing, [0.25, 0.5, 0.75])
     assert sources["ED"][:, 0].tolist() == [True, True, False]
     assert not sources["ES"].any()
     assert certainty[:, 0, 0, 0].tolist() == pytest.approx([0.75, 0.5, 0])
+
+
+def test_a_slice_that_one_phase_lacks_is_given_up_where_the_image_is_more_like_that_phases():
+    labels = frames(ring(), ring())
+    missing = carried(torch.zeros_like(labels), residual=0.2, present=(False,))
+    there = carried(labels)
+    there.residual = 0.3 * (labels > 0)  # worse where the label lies, better in the slice as a whole
+    there.residual[0] /= 2
+    _, _, sources = fuse(there, missing, [0.25, 0.25])
+    assert sources["ED"][:, 0].tolist() == [True, False]
 
 
 def test_one_known_phase_is_trusted_by_its_fit_alone():
@@ -151,4 +161,4 @@ def test_a_label_that_vanishes_and_one_that_is_given_up_are_told_apart():
     given_up = torch.ones(1, 1, dtype=bool)
     ends = (ring()[None], none[None])
     found = trust.faults(frames(ring()), ends, torch.tensor([0.7]), torch.zeros(1, 1), given_up, 2.0)
-    assert found == [["given up half-way"]]
+    assert found == [["given up"]]
