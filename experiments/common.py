@@ -35,3 +35,16 @@ def interval(differences, resamples=10_000):
         for _ in range(resamples)
     ]
     return differences.mean(), *np.percentile(means, (2.5, 97.5))
+
+
+def by_seed(rows, keep):
+    """Mean Dice of each seed and patient of the rows that `keep(row)` chooses: (seeds, patients), NaN: none."""
+    means = patient_means(rows, keep)
+    seeds, cases = (sorted(set(names)) for names in zip(*means))
+    return np.array([[means.get((seed, case), np.nan) for case in cases] for seed in seeds])
+
+
+def with_interval(values, form):
+    """A mean and its interval in words, of values (seeds, patients)."""
+    mean, low, high = (format(value, form) for value in interval(values))
+    return f"{mean} [{low}, {high}]"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import interval, patient_means
+from common import by_seed, with_interval
 from monai.networks.nets import DynUNet
 
 from cardiac import CLASSES, REGIONS, evaluation
@@ -87,17 +87,9 @@ def run(model, seed, words, others):
     return [{**start, **row} for row, _ in scored]
 
 
-def by_seed(rows, model, region):
+def dice_of(rows, model, region):
     """Mean Dice of each seed and patient, of one region or of all (None): (seeds, patients)."""
-    means = patient_means(rows, lambda row: row["model"] == model and region in (None, row["region"]))
-    seeds, cases = (sorted(set(names)) for names in zip(*means))
-    return np.array([[means.get((seed, case), np.nan) for case in cases] for seed in seeds])
-
-
-def with_interval(values, form):
-    """A mean and its interval in words, of values (seeds, patients)."""
-    mean, low, high = (format(value, form) for value in interval(values))
-    return f"{mean} [{low}, {high}]"
+    return by_seed(rows, lambda row: row["model"] == model and region in (None, row["region"]))
 
 
 def print_results(rows):
@@ -107,12 +99,12 @@ def print_results(rows):
     lines = [["model", *REGIONS, "mean", "parameters", "training minutes"]]
     for model in MODELS:
         own = [row for row in rows if row["model"] == model]
-        cells = [with_interval(by_seed(rows, model, region), ".3f") for region in (*REGIONS, None)]
+        cells = [with_interval(dice_of(rows, model, region), ".3f") for region in (*REGIONS, None)]
         minutes = np.mean([float(row["training_seconds"]) for row in own]) / 60
         lines.append([model, *cells, own[0]["parameters"], f"{minutes:.1f}"])
     for better, worse in (("U-Net, strong", "DynUNet, strong"), ("U-Net, strong", "U-Net, paper")):
         cells = [
-            with_interval(by_seed(rows, better, region) - by_seed(rows, worse, region), "+.3f")
+            with_interval(dice_of(rows, better, region) - dice_of(rows, worse, region), "+.3f")
             for region in (*REGIONS, None)
         ]
         lines.append([f"{better} - {worse}", *cells, "", ""])
