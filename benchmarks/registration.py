@@ -23,6 +23,7 @@ from cardiac import losses, networks, propagation
 from cardiac.warp import integrate, resize_displacement, warp
 
 BATCH, SIZES = 16, (128, 192)
+GUIDED = "ours, guided by labels"
 
 
 def voxelmorph():
@@ -40,21 +41,26 @@ def voxelmorph():
 
 
 class Ours:
-    """The project's network, as `train_registration.py` and `networks.register` run it."""
+    """The project's network, as `train_registration.py` and `networks.register` run it.
 
-    def __init__(self, size):
+    guided: with the labels of the moving slice as an input, as under the `strong` recipe.
+    """
+
+    def __init__(self, size, guided=False):
         self.size = (size, size)
-        self.network = networks.RegistrationNetwork().to(DEVICE, memory_format=torch.channels_last)
+        network = networks.RegistrationNetwork(guided)
+        self.network = network.to(DEVICE, memory_format=torch.channels_last)
+        self.labels = torch.from_numpy(labels_like_a_heart(BATCH, size)).to(DEVICE)
+        self.regions = losses.one_hot(self.labels)
 
     def train(self, moving, fixed):
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
-            velocity = self.network(moving, fixed, None)  # not guided by labels
+            velocity = self.network(moving, fixed, self.regions)
         warped = warp(moving, resize_displacement(integrate(velocity), self.size))
         return warped, velocity
 
     def register(self, moving, fixed):
-        unknown = torch.full_like(moving[:, 0], losses.IGNORED, dtype=torch.uint8)
-        return warp(moving, networks.register(self.network, moving, fixed, unknown))
+        return warp(moving, networks.register(self.network, moving, fixed, self.labels))
 
 
 class Theirs:
@@ -77,6 +83,7 @@ def contestants(size):
     unet = VoxelMorphUNet(2, 2, 32, (16, 32, 32, 32, 32, 32), (16, 16))
     return {
         "ours": Ours(size),
+        GUIDED: Ours(size, guided=True),
         "VxmDense": Theirs(dense((size, size)), **registering),
         "VxmDense, unet_half_res": Theirs(dense((size, size), unet_half_res=True), **registering),
         "MONAI VoxelMorph": Theirs(VoxelMorph(unet, spatial_dims=2)),
@@ -122,9 +129,11 @@ def speed(size, rounds):
     for kind, make in (("step", step), ("inference", inference)):
         times = in_turn({name: make(each, size) for name, each in networks_of.items()}, rounds)
         for name in times:
-            what = f"{kind}, {size} x {size}: {name}"
-            rows.append(milliseconds(what, times[name]))
-            if name != "ours":
+            rows.append(milliseconds(f"{kind}, {size} x {size}: {name}", times[name]))
+            if name == GUIDED:
+                limit = targets[kind]["VxmDense"]
+                rows.append(ratio("... / VxmDense", times[name], times["VxmDense"], at_most=limit))
+            elif name != "ours":
                 limit = targets[kind].get(name, 1.0)
                 rows.append(ratio(f"... ours / {name}", times["ours"], times[name], at_most=limit))
     return rows

@@ -50,11 +50,9 @@ def intervals(case, frames):
 
 def harden(regions):
     """Soft shares (..., 3, H, W) of LV, MYO and RV, the rest background, to labels (..., H, W) uint8."""
-    lv, myo, rv = regions.unbind(-3)  # comparisons take six tenths of the time of `max` with indices
-    wall = torch.maximum(lv, myo)
-    labels = (myo > lv).to(torch.uint8) + 1
-    labels.masked_fill_(rv > wall, 3)
-    return labels.masked_fill_(torch.maximum(wall, rv) <= 1 - regions.sum(-3), 0)
+    share = regions.amax(-3)  # comparisons take a third of the time of `max` with indices
+    lv, myo = (regions.select(-3, k) < share for k in (0, 1))  # where it is not the largest
+    return (1 + lv.to(torch.uint8) + (lv & myo)) * (share > 1 - regions.sum(-3))
 
 
 def warp_labels(labels, displacement):

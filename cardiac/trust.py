@@ -36,17 +36,21 @@ def fuse(carried, nearness):
     left, the cycle's miss, and the Dice of the slice's label with itself after it.
     """
     sources = {phase: each.present.expand(len(each.regions), -1) for phase, each in carried.items()}
+    nearer_half = {phase: (nearness[phase] >= 0.5)[:, None] for phase in carried}
     if len(carried) == 2:
-        one, other = sources
+        alone = {
+            phase: nearer_half[phase] & _shown(carried[phase], carried[rest])
+            for phase, rest in zip(carried, reversed(carried))
+        }
         sources = {
-            phase: sources[phase] & (sources[rest] | _still_there(carried[phase], carried[rest], nearness[phase]))
-            for phase, rest in ((one, other), (other, one))
+            phase: sources[phase] & (sources[rest] | alone[phase])
+            for phase, rest in zip(carried, reversed(carried))
         }
     elif "ED" in carried:
         shown = F.pad(carried["ED"].present, (1, 1))
         inner = shown[:-2] & shown[2:]
         inner |= ~inner.any()  # of one or two slices there would be nothing left
-        sources["ED"] = sources["ED"] & (inner | (nearness["ED"] >= 0.5)[:, None])
+        sources["ED"] = sources["ED"] & (inner | nearer_half["ED"])
     weights, fits = {}, {}
     for phase, each in carried.items():
         fit = torch.exp(-each.residual / RESIDUAL - each.cycle / CYCLE_MM)
@@ -60,14 +64,13 @@ def fuse(carried, nearness):
     trust = fit * torch.maximum(regions.amax(2), 1 - regions.sum(2))
     if len(carried) == 2:
         still_there = sum(sources[phase] * nearness[phase][:, None] for phase in carried)  # alone: the base
-        trust = trust * torch.where(sources[one] & sources[other], 1, still_there)[..., None, None]
+        trust = trust * torch.where(sources["ED"] & sources["ES"], 1, still_there)[..., None, None]
     return regions, trust, sources
 
 
-def _still_there(own, other, nearness):
-    """Which slices (F, Z) of a phase are taken to show its label, were the `other` phase not to show any."""
-    gain = (other.residual - own.residual) * own.regions.sum(2)
-    return (gain.sum((-2, -1)) > 0) & (nearness >= 0.5)[:, None]
+def _shown(own, other):
+    """Where (F, Z) the image within a phase's carried label is better explained by it than by the other."""
+    return ((other.residual - own.residual) * own.regions.sum(2)).sum((-2, -1)) > 0
 
 
 def local_mean(images, width=5):

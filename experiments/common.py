@@ -38,7 +38,7 @@ def interval(differences, resamples=10_000):
 
 
 def by_seed(rows, keep):
-    """Mean Dice of each seed and patient of the rows that `keep(row)` chooses: (seeds, patients), NaN: none."""
+    """Mean Dice of each seed and patient, (seeds, patients), of the rows that `keep(row)` chooses."""
     means = patient_means(rows, keep)
     seeds, cases = (sorted(set(names)) for names in zip(*means))
     return np.array([[means.get((seed, case), np.nan) for case in cases] for seed in seeds])

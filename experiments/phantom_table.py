@@ -1,10 +1,10 @@
-"""Table 1 on the phantom under both recipes, with a third row, the oracle: trained on every frame's true label.
+"""Table 1 on the phantom under both recipes, with the oracle, which is trained on every frame's true label.
 
     python experiments/phantom_table.py --out experiments/runs/phantom --seeds 5
 
-One registration a recipe carries the labels; for each seed and recipe three U-Nets are trained at equal steps.
-Those that are in OUT/cases.csv already are not trained again. Ends with the table, mean and standard deviation
-over seeds, and with differences of a patient's mean Dice with 95 % intervals over patients and seeds.
+One registration a recipe carries the labels; each seed trains three U-Nets a recipe at equal steps. Those
+that are in OUT/cases.csv already are not trained again. Ends with the table, mean and standard deviation over
+seeds, and with differences of a patient's mean Dice, with 95 % intervals over patients and seeds.
 """
 
 import argparse
@@ -82,6 +82,13 @@ def true_labels(cache):
     return Propagated(np.array(labels), where, np.ones(len(labels)))
 
 
+def dice_of(rows, recipe, model, vendors):
+    """Mean Dice of each seed and patient of these vendors: (seeds, patients)."""
+    return by_seed(
+        rows, lambda row: (row["recipe"], row["model"]) == (recipe, model) and row["vendor"] in vendors
+    )
+
+
 def print_results(rows, truth):
     """Table 1 of both recipes, the differences, and the propagated labels against the truth."""
     seeds = sorted({row["seed"] for row in rows}, key=int)
@@ -95,13 +102,10 @@ def print_results(rows, truth):
     print(f"\n{len(seeds)} seeds; mean (standard deviation over seeds)\n\n{aligned(lines, markdown=True)}\n")
     lines = [["difference", *VENDORS]]
     for better, worse in DIFFERENCES:
-        cells = []
-        for vendors in VENDORS.values():
-            one, other = (
-                by_seed(rows, lambda r: (r["recipe"], r["model"]) == which and r["vendor"] in vendors)
-                for which in (better, worse)
-            )
-            cells.append(with_interval(one - other, "+.3f"))
+        cells = [
+            with_interval(dice_of(rows, *better, vendors) - dice_of(rows, *worse, vendors), "+.3f")
+            for vendors in VENDORS.values()
+        ]
         lines.append([f"{' '.join(better)} - {' '.join(worse)}", *cells])
     print(aligned(lines, markdown=True))
     for recipe, scores in truth.items():
