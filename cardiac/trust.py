@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from cardiac import LABELS
 
-# Fitted to how often a pixel carried from ED to ES is right, on ACDC patients; `exp(-x / scale)` each.
+# `experiments/trust_scales.py` compares them with how often carried pixels are right; `exp(-x / scale)` each.
 RESIDUAL = 0.5  # image difference that is left, of the case's intensity window
 CYCLE_MM = 50.0  # distance by which the way there and back misses
 FOLDING_PERCENT = 0.5  # of the pixels near the heart: more, and a slice is dropped

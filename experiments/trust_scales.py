@@ -1,0 +1,104 @@
+"""How well trust tells whether a carried pixel is right: the scales of `cardiac/trust.py`, its reliability.
+
+    python train_registration.py --data ACDC --out runs/ed --recipe strong --labelled-phases ED
+    python experiments/trust_scales.py --data ACDC --out runs/ed
+
+ED's label is carried to ES by the registration in OUT and compared with the expert's, pixel by pixel within a
+few pixels of the carried label, in the cases of one split. Prints the scales of the residual and the cycle
+that make exp(-residual / a - cycle / b) the likeliest probability of being right; how often pixels are right
+by trust as the code gives it; and, from base to apex, how slices fare. Fit on cases whose ES labels the
+registration never saw.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+
+from cardiac import LABELS, propagation, trust
+from cardiac.cache import open_cache
+from cardiac.evaluation import aligned
+from cardiac.metrics import dice
+from cardiac.run import choose_device
+from cardiac.settings import PropagationSettings, parse
+from cardiac.slices import SliceStore
+
+
+def carried_pixels(network, cache, case, device):
+    """Columns residual, cycle (mm), trust and right (0 or 1) of a case's pixels, and rows of its slices, from
+    the base on: Dice of each region, and whether the carried RV has nothing to lie on.
+    """
+    store = SliceStore(cache, [dataclasses.replace(case, withheld=())], device, None)
+    (case,) = store.cases
+    carried = propagation.carry(network, store, case.ed, [case.es])
+    _, certainty, _ = trust.fuse({"ED": carried}, {"ED": torch.ones(1, device=device)})
+    found, expert = propagation.harden(carried.regions)[0], store.expert(case, case.es)
+    near = trust.local_mean((carried.regions[0].sum(1) > 0.05).float()) > 0
+    near &= carried.present[:, None, None]
+    columns = (carried.residual[0], carried.cycle[0], certainty[0], (found == expert).float())
+    pixels = torch.stack([column[near] for column in columns]).cpu().numpy()
+    found, expert = found.cpu().numpy(), expert.cpu().numpy()
+    shown = carried.present.nonzero().flatten().tolist()
+    area = (store.expert(case, case.ed) > 0).sum((1, 2)).tolist()
+    if area[shown[0]] < area[shown[-1]]:
+        shown.reverse()
+    slices = []
+    for z in shown:
+        scores = [dice(found[z] == label, expert[z] == label) for label in LABELS.values()]
+        rv = [(labels[z] == LABELS["RV"]).any() for labels in (found, expert)]
+        slices.append([*scores, float(not rv[1]) if rv[0] else np.nan])
+    return pixels, slices
+
+
+def likeliest_scales(residual, cycle, right):
+    """Scales (a, b) that make `right` likeliest, its probability being exp(-residual / a - cycle / b)."""
+
+    def surprise(logarithms):
+        one, other = np.exp(logarithms)
+        log_p = -residual / one - cycle / other
+        return -np.where(right > 0, log_p, np.log(-np.expm1(np.minimum(log_p, -1e-6)))).mean()
+
+    start = np.log([trust.RESIDUAL, trust.CYCLE_MM])
+    return np.exp(minimize(surprise, start, method="Nelder-Mead").x)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder of a run with a trained registration")
+    parser.add_argument("--split", default="Training", choices=("Training", "Validation", "Testing"))
+    words, others = parser.parse_known_args()
+    typed = ["--data", str(words.data), "--out", str(words.out), *others]
+    settings = parse(PropagationSettings, typed, None, earlier=("registration",))
+    device, cache = choose_device(settings.device), open_cache(settings)
+    network, _ = propagation.load_registration(settings.out, device)
+    cases = [case for case in cache.split(words.split) if case.labelled]
+    columns, stacks = zip(*(carried_pixels(network, cache, case, device) for case in cases))
+    residual, cycle, certainty, right = np.concatenate(columns, 1).astype(float)
+    print(
+        f"{len(cases)} cases, {right.size} pixels near the carried labels, {100 * right.mean():.1f} % right"
+    )
+    one, other = likeliest_scales(residual, cycle, right)
+    used = f"in use {trust.RESIDUAL}, {trust.CYCLE_MM:.0f} mm"
+    print(f"likeliest scales: residual {one:.2f}, cycle {other:.0f} mm; {used}")
+    edges = np.quantile(certainty, np.linspace(0, 1, 6))
+    fifth = np.searchsorted(edges[1:-1], certainty)
+    lines = [["fifth of the pixels, by trust", "mean trust", "right"]]
+    for k in range(5):
+        lines.append([f"{k + 1}", f"{certainty[fifth == k].mean():.2f}", f"{right[fifth == k].mean():.2f}"])
+    print("\n" + aligned(lines, markdown=True) + "\n")
+    lines = [["slice, from the base", "slices", *LABELS, "RV gone"]]
+    for k in range(max(map(len, stacks))):
+        rows = np.array([stack[k] for stack in stacks if len(stack) > k], float)
+        means = [np.nanmean(column) if np.isfinite(column).any() else np.nan for column in rows.T]
+        lines.append([f"{k + 1}", f"{len(rows)}", *(f"{mean:.2f}" for mean in means)])
+    print(aligned(lines, markdown=True))
+
+
+if __name__ == "__main__":
+    main()
