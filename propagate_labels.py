@@ -7,12 +7,13 @@ import numpy as np
 from tqdm import tqdm
 
 from cardiac import propagation, report
-from cardiac.cache import most_likely, one_hot, open_cache
+from cardiac.cache import open_cache
 from cardiac.cases import load_labels
 from cardiac.files import InputError, write_csv
 from cardiac.losses import IGNORED
 from cardiac.nifti import write_labels
 from cardiac.parts import PARTS, UNKEPT, Parts
+from cardiac.preprocessing import most_likely, one_hot
 from cardiac.run import choose_device, describe, run_folder, script
 from cardiac.settings import PropagationSettings, parse
 from cardiac.slices import SliceStore

@@ -11,23 +11,19 @@ The datasets differ in three ways, which only `_mms_case` and `_acdc_case` know:
 
 import collections
 import csv
-import gzip
-import io
-import logging
 import math
 import os
 import re
 import shlex
-import zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 
 from cardiac import LABELS
-from cardiac.files import InputError
+from cardiac.files import InputError, fault, shown
+from cardiac.nifti import read_header, read_image, read_label_values, spacing_of, times
 
 SPLITS = ("Training", "Validation", "Testing")
 VENDORS = {"A": "Siemens", "B": "Philips", "C": "GE", "D": "Canon"}
@@ -38,11 +34,7 @@ UNLABELLED = "training/unlabeled"
 MMS_PLACES = ("training/labeled", UNLABELLED, "validation", "testing")  # folders of cases, in any case
 ACDC_PLACES = ("training", "testing")
 
-LARGEST = 2 * 2**30  # bytes of one file after decoding; the largest scan of M&Ms takes 1.2 GiB as float64
-DEFLATE = 1100  # gzip cannot make anything more than 1032 times smaller
-EXTENT_MM = (1, 2000)  # of a slice; outside, the spacing is damaged or in another unit
 CODE = re.compile(r"[\w-][\w.-]{0,99}", re.ASCII)
-UNREADABLE = (OSError, EOFError, zlib.error, ValueError, OverflowError, nib.spatialimages.HeaderDataError)
 
 
 @dataclass(frozen=True)
@@ -105,7 +97,7 @@ def read_cases(root):
     tables = [path for path in _listing(base) if path.name.lower().endswith("opendataset.csv")]
     if len(tables) > 1:
         names = _join(shown(table.name) for table in tables)
-        raise _fault(base, f"{len(tables)} files match *opendataset.csv ({names}); keep one of them")
+        raise fault(base, f"{len(tables)} files match *opendataset.csv ({names}); keep one of them")
     patients = [pair for pair in _case_folders(base, ACDC_PLACES) if "patient" in pair[1].name.lower()]
     if tables:
         kind, (cases, problems, warnings) = "M&Ms", _read_mms(base, tables[0])
@@ -113,9 +105,9 @@ def read_cases(root):
         kind, (cases, problems), warnings = "ACDC", _read_all(patients, partial(_acdc_case, base)), []
     else:
         what = "no table *opendataset.csv (M&Ms) and no folders training/patient001 (ACDC) in it"
-        raise _fault(base, f"{what}; copy the table of the download there")
+        raise fault(base, f"{what}; copy the table of the download there")
     if not cases and not problems:
-        raise _fault(base, "no folders of cases in it; give --data the folder that holds Training")
+        raise fault(base, "no folders of cases in it; give --data the folder that holds Training")
     cases = sorted(cases, key=lambda case: (SPLITS.index(case.split), case.code))
     return Dataset(base, Path(root).resolve().name, kind, tuple(cases), tuple(problems), tuple(warnings))
 
@@ -131,127 +123,14 @@ def load_case(case):
         image, labels, warnings = read_image(case.image), load_labels(case), []
         flat = [t for t in range(case.shape[3]) if image[..., t].min() == image[..., t].max()]
         if any(t in flat for t in labels):
-            raise _fault(case.image, f"constant in frame {_join(flat)}, which has labels; download it again")
-    except InputError as fault:
-        raise InputError(f"{case.code}: {fault}") from fault
+            raise fault(case.image, f"constant in frame {_join(flat)}, which has labels; download it again")
+    except InputError as error:
+        raise InputError(f"{case.code}: {error}") from error
     if flat:
         warnings.append(f"{case.code}: image is constant in frame {_join(flat)}")
     if _looks_swapped(labels.values()):
         warnings.append(f"{case.code}: LV and RV look swapped: the myocardium encloses label 3, not label 1")
     return image, labels, warnings
-
-
-# --------------------------------------------------------------------------------------------- NIfTI files
-
-
-def read_header(path, dimensions=(4,)):
-    """nibabel's header of a NIfTI file, of which no more than the first 540 bytes are read.
-
-    Raises InputError unless the voxels are real numbers, in one of these numbers of dimensions, and as many
-    as the file can hold: a header may claim terabytes, and nothing is allocated before this check.
-    """
-    try:
-        with _open(path) as file:
-            start = file.read(540)
-        kind = nib.Nifti2Header if nib.Nifti2Header.may_contain_header(start) else nib.Nifti1Header
-        if not kind.may_contain_header(start):
-            raise ValueError("no NIfTI header in it")
-        header = kind(start[: kind.sizeof_hdr], check=False)
-        spacing = header["pixdim"][1:].copy()
-        header.check_fix(logging.Logger("silent", logging.CRITICAL + 1), error_level=40)
-        header["pixdim"][1:] = spacing  # check_fix makes 1 of 0 and drops signs, which `spacing_of` is to see
-        shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), int(header["vox_offset"])
-        if header["magic"].item() != header.single_magic or offset < header.single_vox_offset:
-            raise ValueError("its voxels are not in the same file")
-        header.get_slope_inter()
-    except UNREADABLE as error:
-        raise _fault(path, f"not readable as NIfTI ({shown(error)}); download it again") from error
-    if len(shape) not in dimensions:
-        raise _fault(path, f"{len(shape)}-D ({_times(shape)}), not {_join(dimensions, ' or ')}-D")
-    if dtype.kind not in "iuf":
-        raise _fault(path, f"voxels are {'RGB colours' if dtype.fields else dtype.name}, not real numbers")
-    if min(shape) < 1:
-        raise _fault(path, f"empty volume ({_times(shape)})")
-    claimed, on_disk = math.prod(shape) * dtype.itemsize + offset, Path(path).stat().st_size
-    if math.prod(shape) * max(dtype.itemsize, 4) > LARGEST:
-        raise _fault(path, f"header claims {claimed / 2**30:,.1f} GiB; no more than 2 GiB are read")
-    if claimed > on_disk * (DEFLATE if _is_gzip(path) else 1):
-        raise _fault(path, f"truncated, or a wrong header: {claimed:,} bytes claimed, {on_disk:,} there")
-    return header
-
-
-@np.errstate(all="ignore")  # what overflows or is NaN here and below is found and refused
-def spacing_of(header, path):
-    """Spacing in mm of X, Y and from slice to slice; InputError where spacing or affine make no sense."""
-    spacing = np.asarray(header["pixdim"][1:4], float)
-    if not (np.isfinite(spacing).all() and (spacing > 0).all()):
-        raise _fault(path, f"spacing {_times(spacing)} is not positive; mend pixdim in its header")
-    spacing *= {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7, 1.0)  # metres, micrometres
-    extent = spacing[:2] * header.get_data_shape()[:2]
-    if extent.min() < EXTENT_MM[0] or extent.max() > EXTENT_MM[1]:
-        raise _fault(path, f"spacing {_times(spacing)} mm, slices of {_times(extent)} mm; mend its header")
-    try:
-        axes = header.get_best_affine()[:3, :3]
-    except UNREADABLE as error:
-        raise _fault(path, f"affine not readable ({shown(error)}); mend its header") from error
-    # The axes need not be orthogonal (in M&Ms they are not always), but they must span a volume.
-    lengths = np.linalg.norm(axes, axis=0)
-    if not (np.isfinite(axes).all() and abs(np.linalg.det(axes)) > 1e-6 * lengths.prod()):
-        raise _fault(path, "affine is singular or not finite; mend its header")
-    return tuple(float(mm) for mm in spacing)
-
-
-@np.errstate(all="ignore")
-def read_image(path, dimensions=(4,)):
-    """The voxels of an image, as stored where these are 8 or 16 bits, else float32.
-
-    Raises InputError where they are not finite, or all the same.
-    """
-    image = _read_voxels(path, read_header(path, dimensions))
-    if image.dtype.kind == "f" or image.dtype.itemsize > 2:
-        image = image.astype(np.float32, copy=False)
-    low, high = image.min(), image.max()  # NaN where any voxel is
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise _fault(path, "NaN or infinite voxels; export it again")
-    if low == high:
-        raise _fault(path, f"constant image ({low:g} everywhere); download it again")
-    return image
-
-
-def _read_voxels(path, header):
-    """Voxels in the units of the image: as stored, or scaled to floats where the header has a scale."""
-    shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), int(header["vox_offset"])
-    try:
-        content = _read(path, offset + math.prod(shape) * dtype.itemsize)
-        if header.get_slope_inter() in ((None, None), (1, 0)):
-            return np.frombuffer(content, dtype, math.prod(shape), offset).reshape(shape, order="F")
-        return np.asarray(nib.arrayproxy.ArrayProxy(io.BytesIO(content), header, mmap=False), np.float32)
-    except UNREADABLE as error:
-        raise _fault(path, f"truncated or damaged ({shown(error)}); download it again") from error
-
-
-def _read(path, size):
-    """The first `size` bytes of a file, unpacked at once where it is gzipped: half the time of in pieces."""
-    if _is_gzip(path):
-        unpacker = zlib.decompressobj(zlib.MAX_WBITS | 16)
-        content = unpacker.decompress(Path(path).read_bytes(), size)
-        unpacker.decompress(unpacker.unconsumed_tail, 1)  # to the end, where its checksum is compared
-        if unpacker.eof and len(content) == size:
-            return content
-    with _open(path) as file:  # not packed, in several parts, or not what its header says
-        content = file.read(size)
-        file.read(1)  # the end, as above
-    if len(content) < size:
-        raise EOFError(f"{len(content):,} of {size:,} bytes")
-    return content
-
-
-def _is_gzip(path):
-    return Path(path).suffix.lower() == ".gz"
-
-
-def _open(path):
-    return gzip.open(path) if _is_gzip(path) else open(path, "rb")
 
 
 # -------------------------------------------------------------------------------------------------- labels
@@ -272,21 +151,9 @@ def load_labels(case):
         what = f"ground truth is empty at {_join(empty, ' and ')}" if empty else "label in the wrong frame"
         where = f"frame {_join(present)}" if present else "no frame"
         what += f": labels in {where}, but ED is {case.ed} and ES {case.es} (from 0); mend either"
-        raise _fault(case.labels[0], what)
+        raise fault(case.labels[0], what)
     order = np.array(case.label_order, np.uint8)
     return {t: order[labels[t]] for t in present}
-
-
-@np.errstate(all="ignore")
-def read_label_values(path):
-    """Values of a label file as uint8, each one of 0, 1, 2, 3."""
-    voxels = _read_voxels(path, read_header(path, (3, 4)))
-    values = voxels.astype(np.uint8, copy=False)
-    if (values is not voxels and (values != voxels).any()) or values.max() > len(LABELS):
-        unknown = (values != voxels) | (values > len(LABELS))
-        examples = ", ".join(f"{value:g}" for value in np.unique(voxels[unknown])[:4])
-        raise _fault(path, f"unknown label {examples}; labels are 0, 1, 2 and 3")
-    return values
 
 
 def _looks_swapped(labels):
@@ -301,25 +168,11 @@ def _looks_swapped(labels):
     return enclosed[RV] > enclosed[LV] > 0
 
 
-# ------------------------------------------------------------------------------------- folders and messages
-
-
-def shown(text):
-    """A path, message or value from outside, on one line whatever it holds."""
-    text = str(text)
-    return text if text.isprintable() else ascii(text)
-
-
-def _fault(path, what):
-    return InputError(f"{shown(path)}: {what}")
+# ------------------------------------------------------------------------------------------------- folders
 
 
 def _join(values, comma=", "):
     return comma.join(str(value) for value in values)
-
-
-def _times(numbers):
-    return " x ".join(f"{number:g}" for number in numbers)
 
 
 def _listing(folder):
@@ -327,20 +180,20 @@ def _listing(folder):
     try:
         return sorted(path for path in Path(folder).iterdir() if not path.name.startswith("."))
     except OSError as error:
-        raise _fault(folder, f"not readable as a folder ({error.strerror})") from error
+        raise fault(folder, f"not readable as a folder ({error.strerror})") from error
 
 
 def _find_base(root):
     """The folder that holds Training, Validation or Testing: `root`, or the one folder in it that does."""
     if not root.is_dir():
-        raise _fault(root, "no such folder; give --data the folder that holds Training")
+        raise fault(root, "no such folder; give --data the folder that holds Training")
     for folders in ([root], [path for path in _listing(root) if path.is_dir()]):
         bases = [f for f in folders if any(p.name.title() in SPLITS and p.is_dir() for p in _listing(f))]
         if len(bases) > 1:
-            raise _fault(root, f"give --data one of its datasets: {_join(shown(b.name) for b in bases)}")
+            raise fault(root, f"give --data one of its datasets: {_join(shown(b.name) for b in bases)}")
         if bases:
             return bases[0]
-    raise _fault(root, "no folder Training, Validation or Testing in it; give --data the one above them")
+    raise fault(root, "no folder Training, Validation or Testing in it; give --data the one above them")
 
 
 def _case_folders(base, places):
@@ -365,8 +218,8 @@ def _read_all(folders, read):
             if len(places[folder.name.lower()]) > 1:
                 raise InputError(f"duplicate case, in {' and '.join(places[folder.name.lower()])}; keep one")
             cases.append(read(place, folder))
-        except InputError as fault:
-            problems[f"{shown(folder.name)}: {fault}"] = None  # a dict: a duplicate is said once, in order
+        except InputError as error:
+            problems[f"{shown(folder.name)}: {error}"] = None  # a dict: a duplicate is said once, in order
     return cases, list(problems)
 
 
@@ -376,13 +229,13 @@ def _find_file(folder, stem):
     for suffix in (".nii.gz", ".nii"):
         if path := names.get(f"{stem}{suffix}".lower()):
             return path
-    raise _fault(folder / f"{stem}.nii.gz", "no such file; download it again")
+    raise fault(folder / f"{stem}.nii.gz", "no such file; download it again")
 
 
 def _check_label_shape(path, shape):
     found = read_header(path, (len(shape),)).get_data_shape()
     if found != shape:
-        raise _fault(path, f"labels of shape {_times(found)}, the image has {_times(shape)}")
+        raise fault(path, f"labels of shape {times(found)}, the image has {times(shape)}")
 
 
 def _phases(ed, es, frames, first):
@@ -435,11 +288,11 @@ def _read_rows(table):
             reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
             content = [(reader.line_num, row) for row in reader]
     except (OSError, csv.Error) as error:
-        raise _fault(table, f"not readable as CSV ({shown(error)})") from error
+        raise fault(table, f"not readable as CSV ({shown(error)})") from error
     for columns in (("External code",), ("ED",), ("ES",), ("Vendor", "VendorName")):
         if not set(columns) & set(reader.fieldnames):
             found = ascii(", ".join(reader.fieldnames))[:200]
-            raise _fault(table, f"no column {_join(columns, ' or ')}; the first line is {found}")
+            raise fault(table, f"no column {_join(columns, ' or ')}; the first line is {found}")
     for line, row in content:
         row = {name: text.strip() for name, text in row.items() if name}  # '' is the index, or cells too many
         if CODE.fullmatch(row["External code"]):
@@ -466,8 +319,8 @@ def _mms_case(base, table, rows, place, folder):
             raise InputError(f"Centre {ascii(centre)[:80]} is not made of letters and digits")
         if place != UNLABELLED:
             ed, es = _phases(row["ED"], row["ES"], shape[3], first=0)
-    except InputError as fault:
-        raise InputError(f"line {line} of {shown(table.name)}: {fault}") from fault
+    except InputError as error:
+        raise InputError(f"line {line} of {shown(table.name)}: {error}") from error
     if place != UNLABELLED:  # whose label files, where there are any, are empty
         labels = (_find_file(folder, f"{code}_sa_gt"),)
         _check_label_shape(labels[0], shape)
@@ -492,15 +345,15 @@ def _acdc_case(base, place, folder):
     try:
         lines = info.read_text(errors="replace").splitlines()
     except OSError as error:
-        raise _fault(info, f"not readable ({error.strerror}); download it again") from error
+        raise fault(info, f"not readable ({error.strerror}); download it again") from error
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     image = _find_file(folder, f"{code}_4d")
     header = read_header(image)
     shape = header.get_data_shape()
     try:
         ed, es = _phases(fields.get("ED", ""), fields.get("ES", ""), shape[3], first=1)
-    except InputError as fault:
-        raise _fault(info, fault) from fault
+    except InputError as error:
+        raise fault(info, error) from error
     labels = tuple(_find_file(folder, f"{code}_frame{t + 1:02d}_gt") for t in (ed, es))
     for path in labels:
         _check_label_shape(path, shape[:3])

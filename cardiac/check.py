@@ -10,8 +10,8 @@ import sys
 from tqdm import tqdm
 
 from cardiac import LABELS
-from cardiac.cases import VENDORS, load_case, read_cases, shown
-from cardiac.files import InputError, Parser
+from cardiac.cases import VENDORS, load_case, read_cases
+from cardiac.files import InputError, Parser, shown
 
 
 def main(argv=None):

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from cardiac import REGIONS
-from cardiac.cache import Cache, most_likely
+from cardiac.cache import Cache
 from cardiac.cases import VENDORS, load_labels
 from cardiac.files import InputError, read_csv
 from cardiac.metrics import (
@@ -20,6 +20,7 @@ from cardiac.metrics import (
 from cardiac.networks import segment
 from cardiac.nifti import write_labels
 from cardiac.parts import UNKEPT
+from cardiac.preprocessing import most_likely
 from cardiac.slices import SliceStore
 from cardiac.workers import worker_pool
 

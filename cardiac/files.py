@@ -16,6 +16,17 @@ class InputError(Exception):
     """Something the user gave is wrong. The message is one line: which file, what is wrong, what to do."""
 
 
+def shown(text):
+    """A path, message or value from outside, on one line whatever it holds."""
+    text = str(text)
+    return text if text.isprintable() else ascii(text)
+
+
+def fault(path, what):
+    """The InputError of a file: which, and what is wrong."""
+    return InputError(f"{shown(path)}: {what}")
+
+
 class Parser(argparse.ArgumentParser):
     """A command line; what is wrong with one is an InputError, one line as everywhere."""
 

@@ -1,9 +1,144 @@
-"""Labels as NIfTI files that overlay their image exactly."""
+"""NIfTI files: read with care, since they come from outside, and written so that they overlay their image."""
+
+import gzip
+import io
+import logging
+import math
+import zlib
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
-from cardiac.files import replacing
+from cardiac import LABELS
+from cardiac.files import fault, replacing, shown
+
+LARGEST = 2 * 2**30  # bytes of one file after decoding; the largest scan of M&Ms takes 1.2 GiB as float64
+DEFLATE = 1100  # gzip cannot make anything more than 1032 times smaller
+EXTENT_MM = (1, 2000)  # of a slice; outside, the spacing is damaged or in another unit
+UNREADABLE = (OSError, EOFError, zlib.error, ValueError, OverflowError, nib.spatialimages.HeaderDataError)
+
+
+def read_header(path, dimensions=(4,)):
+    """nibabel's header of a NIfTI file, of which no more than the first 540 bytes are read.
+
+    Raises InputError unless the voxels are real numbers, in one of these numbers of dimensions, and as many
+    as the file can hold: a header may claim terabytes, and nothing is allocated before this check.
+    """
+    try:
+        with _open(path) as file:
+            start = file.read(540)
+        kind = nib.Nifti2Header if nib.Nifti2Header.may_contain_header(start) else nib.Nifti1Header
+        if not kind.may_contain_header(start):
+            raise ValueError("no NIfTI header in it")
+        header = kind(start[: kind.sizeof_hdr], check=False)
+        spacing = header["pixdim"][1:].copy()
+        header.check_fix(logging.Logger("silent", logging.CRITICAL + 1), error_level=40)
+        header["pixdim"][1:] = spacing  # check_fix makes 1 of 0 and drops signs, which `spacing_of` is to see
+        shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), int(header["vox_offset"])
+        if header["magic"].item() != header.single_magic or offset < header.single_vox_offset:
+            raise ValueError("its voxels are not in the same file")
+        header.get_slope_inter()
+    except UNREADABLE as error:
+        raise fault(path, f"not readable as NIfTI ({shown(error)}); download it again") from error
+    if len(shape) not in dimensions:
+        raise fault(path, f"{len(shape)}-D ({times(shape)}), not {' or '.join(map(str, dimensions))}-D")
+    if dtype.kind not in "iuf":
+        raise fault(path, f"voxels are {'RGB colours' if dtype.fields else dtype.name}, not real numbers")
+    if min(shape) < 1:
+        raise fault(path, f"empty volume ({times(shape)})")
+    claimed, on_disk = math.prod(shape) * dtype.itemsize + offset, Path(path).stat().st_size
+    if math.prod(shape) * max(dtype.itemsize, 4) > LARGEST:
+        raise fault(path, f"header claims {claimed / 2**30:,.1f} GiB; no more than 2 GiB are read")
+    if claimed > on_disk * (DEFLATE if _is_gzip(path) else 1):
+        raise fault(path, f"truncated, or a wrong header: {claimed:,} bytes claimed, {on_disk:,} there")
+    return header
+
+
+@np.errstate(all="ignore")  # what overflows or is NaN here and below is found and refused
+def spacing_of(header, path):
+    """Spacing in mm of X, Y and from slice to slice; InputError where spacing or affine make no sense."""
+    spacing = np.asarray(header["pixdim"][1:4], float)
+    if not (np.isfinite(spacing).all() and (spacing > 0).all()):
+        raise fault(path, f"spacing {times(spacing)} is not positive; mend pixdim in its header")
+    spacing *= {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7, 1.0)  # metres, micrometres
+    extent = spacing[:2] * header.get_data_shape()[:2]
+    if extent.min() < EXTENT_MM[0] or extent.max() > EXTENT_MM[1]:
+        raise fault(path, f"spacing {times(spacing)} mm, slices of {times(extent)} mm; mend its header")
+    try:
+        axes = header.get_best_affine()[:3, :3]
+    except UNREADABLE as error:
+        raise fault(path, f"affine not readable ({shown(error)}); mend its header") from error
+    # The axes need not be orthogonal (in M&Ms they are not always), but they must span a volume.
+    lengths = np.linalg.norm(axes, axis=0)
+    if not (np.isfinite(axes).all() and abs(np.linalg.det(axes)) > 1e-6 * lengths.prod()):
+        raise fault(path, "affine is singular or not finite; mend its header")
+    return tuple(float(mm) for mm in spacing)
+
+
+@np.errstate(all="ignore")
+def read_image(path, dimensions=(4,)):
+    """The voxels of an image, as stored where these are 8 or 16 bits, else float32.
+
+    Raises InputError where they are not finite, or all the same.
+    """
+    image = _read_voxels(path, read_header(path, dimensions))
+    if image.dtype.kind == "f" or image.dtype.itemsize > 2:
+        image = image.astype(np.float32, copy=False)
+    low, high = image.min(), image.max()  # NaN where any voxel is
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise fault(path, "NaN or infinite voxels; export it again")
+    if low == high:
+        raise fault(path, f"constant image ({low:g} everywhere); download it again")
+    return image
+
+
+def _read_voxels(path, header):
+    """Voxels in the units of the image: as stored, or scaled to floats where the header has a scale."""
+    shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), int(header["vox_offset"])
+    try:
+        content = _read(path, offset + math.prod(shape) * dtype.itemsize)
+        if header.get_slope_inter() in ((None, None), (1, 0)):
+            return np.frombuffer(content, dtype, math.prod(shape), offset).reshape(shape, order="F")
+        return np.asarray(nib.arrayproxy.ArrayProxy(io.BytesIO(content), header, mmap=False), np.float32)
+    except UNREADABLE as error:
+        raise fault(path, f"truncated or damaged ({shown(error)}); download it again") from error
+
+
+def _read(path, size):
+    """The first `size` bytes of a file, unpacked at once where it is gzipped: half the time of in pieces."""
+    if _is_gzip(path):
+        unpacker = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        content = unpacker.decompress(Path(path).read_bytes(), size)
+        unpacker.decompress(unpacker.unconsumed_tail, 1)  # to the end, where its checksum is compared
+        if unpacker.eof and len(content) == size:
+            return content
+    with _open(path) as file:  # not packed, in several parts, or not what its header says
+        content = file.read(size)
+        file.read(1)  # the end, as above
+    if len(content) < size:
+        raise EOFError(f"{len(content):,} of {size:,} bytes")
+    return content
+
+
+def _is_gzip(path):
+    return Path(path).suffix.lower() == ".gz"
+
+
+def _open(path):
+    return gzip.open(path) if _is_gzip(path) else open(path, "rb")
+
+
+@np.errstate(all="ignore")
+def read_label_values(path):
+    """Values of a label file as uint8, each one of 0, 1, 2, 3."""
+    voxels = _read_voxels(path, read_header(path, (3, 4)))
+    values = voxels.astype(np.uint8, copy=False)
+    if (values is not voxels and (values != voxels).any()) or values.max() > len(LABELS):
+        unknown = (values != voxels) | (values > len(LABELS))
+        examples = ", ".join(f"{value:g}" for value in np.unique(voxels[unknown])[:4])
+        raise fault(path, f"unknown label {examples}; labels are 0, 1, 2 and 3")
+    return values
 
 
 def write_labels(path, labels, like):
@@ -15,3 +150,8 @@ def write_labels(path, labels, like):
     header["cal_min"] = header["cal_max"] = 0  # the display window of the image would show labels black
     with replacing(path) as temporary:
         nib.save(type(image)(labels.astype(np.uint8), image.affine, header), temporary)
+
+
+def times(numbers):
+    """Numbers as "3 x 4 x 5"."""
+    return " x ".join(f"{number:g}" for number in numbers)

@@ -9,12 +9,11 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from cardiac import LABELS, REGIONS
-from cardiac.cache import most_likely, to_slices
-from cardiac.cases import read_header, read_image, shown, spacing_of
 from cardiac.evaluation import heart_function, regions_on_own_grid
-from cardiac.files import InputError, locked, read_json, write_csv, write_json
+from cardiac.files import InputError, locked, read_json, shown, write_csv, write_json
 from cardiac.metrics import largest_component, volume_ml
-from cardiac.nifti import write_labels
+from cardiac.nifti import read_header, read_image, spacing_of, write_labels
+from cardiac.preprocessing import most_likely, to_slices
 from cardiac.report import COLOURS, heart_box, save_figure, show_slice
 from cardiac.run import describe
 

@@ -33,11 +33,12 @@ import torch
 from scipy.ndimage import distance_transform_edt
 
 from cardiac import LABELS, REGIONS
-from cardiac.cache import most_likely, open_cache
+from cardiac.cache import open_cache
 from cardiac.evaluation import aligned
 from cardiac.files import write_csv
 from cardiac.losses import one_hot
 from cardiac.metrics import dice
+from cardiac.preprocessing import most_likely
 from cardiac.propagation import NEAR_HEART_MM
 from cardiac.run import run_folder
 from cardiac.settings import RegistrationSettings, parse

@@ -11,12 +11,12 @@ from datasets import MMS_CASES, Tiny, heart, write_mms, write_nifti
 
 import evaluate
 from cardiac import REGIONS, evaluation, predict
-from cardiac.cache import one_hot
 from cardiac.cases import VENDORS
 from cardiac.files import InputError, read_csv, read_json, write_csv
 from cardiac.metrics import largest_component
 from cardiac.nifti import write_labels
 from cardiac.predict import find_scans
+from cardiac.preprocessing import one_hot
 from cardiac.settings import EvaluationSettings
 
 TESTING = [case for case in MMS_CASES if case.folder == "Testing"]

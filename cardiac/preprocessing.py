@@ -1,0 +1,168 @@
+"""From a case's own grid and intensities to the slices that the networks see, and exactly back.
+
+Slices keep the axes of the NIfTI array, X along H and Y along W.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter
+from scipy.sparse import csr_array
+
+from cardiac import CLASSES
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The in-plane way from a case's own grid to the cache's slices and back.
+
+    shape: (X, Y) pixels; spacing: their (x, y) spacing, mm; size, target: pixels and mm of the square slice.
+    centre: the (x, y) pixel on which the slice's centre lies; None: the centre of the image.
+    """
+
+    shape: tuple
+    spacing: tuple
+    size: int
+    target: float
+    centre: tuple | None = None
+
+    @property
+    def shift(self):
+        """From the centre of the image to that of the slices, pixels of the case's own grid: (x, y)."""
+        return [c - (n - 1) / 2 for c, n in zip(self.centre, self.shape)] if self.centre else [0.0, 0.0]
+
+    def to_slices(self, planes):
+        """Resample planes (..., X, Y) to slices (..., S, S), zeros outside the image."""
+        steps = [self.target / s for s in self.spacing]
+        return self._apply(planes, self.shape, (self.size,) * 2, steps, self.shift, "zero")
+
+    def from_slices(self, slices, outside="zero"):
+        """Resample slices (..., S, S) to planes (..., X, Y); outside the crop: "zero" or the "edge" value."""
+        steps = [s / self.target for s in self.spacing]
+        shift = [-pixels * step for pixels, step in zip(self.shift, steps)]
+        return self._apply(slices, (self.size,) * 2, self.shape, steps, shift, outside)
+
+    def labels_to_slices(self, labels):
+        """Resample labels (..., X, Y) uint8: one-hot linearly, then arg max (nearest would fray the edge)."""
+        return most_likely(self.to_slices(one_hot(labels)))
+
+    def inside(self):
+        """Whether each pixel (X, Y) lies inside the crop."""
+        masks = []
+        for n, spacing, shift in zip(self.shape, self.spacing, self.shift):
+            distance = np.abs(np.arange(n) - (n - 1) / 2 - shift) * spacing
+            masks.append(distance <= self.size * self.target / 2)
+        return masks[0][:, None] & masks[1]
+
+    @staticmethod
+    def _apply(planes, source, target, steps, shift, outside):
+        axes = zip(source, target, steps, shift)
+        rows, columns = (_sparse_matrix(*axis, outside) for axis in axes)
+        planes = planes.astype(np.float32, copy=False)
+        resampled = np.empty((*planes.shape[:-2], *target), np.float32)
+        for index in np.ndindex(planes.shape[:-2]):
+            resampled[index] = rows @ (columns @ planes[index].T).T
+        return resampled
+
+
+@functools.lru_cache(maxsize=4)  # a case has two axes, and the same for every frame
+def _sparse_matrix(*axis):
+    return csr_array(resampling_matrix(*axis))  # two to four entries a row: most of a dense product is zeros
+
+
+def resampling_matrix(source, target, step, shift=0.0, outside="zero"):
+    """Linear interpolation along one axis as a matrix (target, source), float32.
+
+    Target sample i lies at c = (source - 1) / 2 + shift + (i - (target - 1) / 2) * step. The kernel is a
+    triangle as wide as the coarser of both grids, so that going to a coarser one does not alias. outside:
+    "zero" or "edge".
+    """
+    width = max(1.0, step)
+    centres = (source - 1) / 2 + shift + (np.arange(target) - (target - 1) / 2) * step
+    reach = int(np.ceil(width))
+    taps = np.floor(centres)[:, None] + np.arange(-reach, reach + 2)
+    weights = np.maximum(0, 1 - np.abs(taps - centres[:, None]) / width)
+    weights /= weights.sum(1, keepdims=True)
+    if outside == "zero":
+        weights[(taps < 0) | (taps >= source)] = 0
+    matrix = np.zeros((target, source), np.float32)
+    rows = np.repeat(np.arange(target), taps.shape[1])
+    np.add.at(matrix, (rows, taps.clip(0, source - 1).astype(int).ravel()), weights.ravel())
+    return matrix
+
+
+def one_hot(labels):
+    """Labels (..., X, Y) to the regions LV, MYO, RV: (3, ..., X, Y) float32."""
+    return np.stack([labels == region for region in range(1, CLASSES)]).astype(np.float32)
+
+
+def most_likely(regions):
+    """Shares of LV, MYO, RV (3, ...), the rest background, to labels (...) uint8."""
+    background = 1 - regions.sum(0)
+    return np.where(regions.max(0) > background, regions.argmax(0) + 1, 0).astype(np.uint8)
+
+
+def to_slices(image, spacing, size, target, crop):
+    """A cine (X, Y, Z, T) to slices (T * Z, S, S) float16 with intensities in [0, 1], and their `Grid`.
+
+    spacing: of the cine, mm; size, target: pixels and mm of the slices; crop: "centre" of the image, or
+    "motion", see `motion_centre`.
+    """
+    centre = motion_centre(image, spacing) if crop == "motion" else None
+    grid = Grid(image.shape[:2], tuple(spacing[:2]), size, target, centre)
+    return standardise(image, grid), grid
+
+
+def intensity_window(image):
+    """The intensities that become 0 and 1: the 1st and 99th percentile of the case.
+
+    Single bright voxels (fat near the coil, flow) reach ten times the blood's intensity and must not set the
+    scale.
+    """
+    sample = image.ravel(order="K")
+    low, high = np.percentile(sample[:: max(1, sample.size // 1_000_000)], (1, 99)).tolist()
+    if not high > low:  # a constant but for single voxels
+        low, high = float(image.min()), float(image.max())
+    return low, high
+
+
+def motion_centre(image, spacing, blur=20.0, radius=64.0):
+    """The (x, y) pixel of a cine (X, Y, Z, T) about which it moves: where the heart is, without a label.
+
+    The intensities' standard deviation over time, mean over slices, is largest at the heart. From the maximum
+    of its blur (mm) on, five times the centroid of the tenth of all pixels that moves most, within `radius`
+    (mm): mean shift. A whole number of pixels from the image's centre, which is returned where nothing moves.
+    """
+    low, high = intensity_window(image)
+    slices = (image[:, :, z].astype(np.float32) for z in range(image.shape[2]))
+    planes = (np.clip((plane - low) / (high - low), 0, 1) for plane in slices)
+    motion = sum(plane.std(-1) for plane in planes) / image.shape[2]
+    middle = np.array([(n - 1) / 2 for n in motion.shape])
+    weights = np.clip(motion - np.percentile(motion, 90), 0, None)
+    if not weights.any():
+        return tuple(middle.tolist())
+    pixel = np.array(spacing[:2])
+    blurred = gaussian_filter(motion, blur / pixel, mode="constant")
+    centre = np.array(np.unravel_index(blurred.argmax(), motion.shape), float)
+    positions = np.stack(np.indices(motion.shape), -1)
+    for _ in range(5):
+        near = weights * (np.abs((positions - centre) * pixel).max(-1) <= radius)
+        if near.any():
+            centre = (positions * near[..., None]).sum((0, 1)) / near.sum()
+    return tuple((middle + np.round(centre - middle)).tolist())
+
+
+def standardise(image, grid):
+    """A cine (X, Y, Z, T) to slices (T * Z, S, S) float16 with intensities in [0, 1]."""
+    low, high = intensity_window(image)
+    slices = np.empty((image.shape[3], image.shape[2], grid.size, grid.size), np.float16)
+    for frame in range(image.shape[3]):
+        planes = image[..., frame].transpose(2, 0, 1).astype(np.float32)
+        planes = np.clip(planes, low, high, out=planes)
+        planes -= low
+        planes /= high - low
+        # torch's conversion to float16 takes a twentieth of NumPy's time
+        torch.from_numpy(slices[frame]).copy_(torch.from_numpy(grid.to_slices(planes)))
+    return slices.reshape(-1, grid.size, grid.size)
