@@ -205,7 +205,7 @@ def _propagation(cache, folder):
     view = _view((cache.spacing,) * 2, images, {"labels": labels}, names, notes)
     view |= {"title": f"{case.code} (vendor {case.vendor})", "start": 0}
     view["curve"] = [mean(confidence[frame]) if frame in confidence else None for frame in images]
-    what = "the mean trust of the heart's pixels"
+    what = "the Dice with the truth that the trust of its pixels lets expect"
     if propagated.trust is None:
         what = "the Dice of the label with itself after the way there and back"
     slices, patients = len(propagated.where), len({code for code, _, _ in propagated.where})

@@ -222,8 +222,7 @@ def propagate_interval(network, store, start, end, frames, trusted):
         sourced = torch.stack(list(sources.values())).any(0)
         shown = torch.stack([each.present for each in carried.values()]).any(0)
         fault = trust.faults(labels, ends, elapsed, folding, shown & ~sourced, store.cache.spacing**2)
-        heart = trust.local_mean((regions.sum(2) > 0.05).flatten(0, 1).float()).view_as(certainty)
-        confidence = (certainty * heart).sum((-2, -1)) / heart.sum((-2, -1)).clamp(min=1e-6)
+        confidence = trust.expected_dice(labels, certainty)
     else:
         ((phase, only),) = carried.items()
         labels, confidence = harden(only.regions), only.confidence

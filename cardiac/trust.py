@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from cardiac import LABELS
+from cardiac.losses import one_hot
 
 # `experiments/trust_scales.py` compares them with how often carried pixels are right; `exp(-x / scale)` each.
 RESIDUAL = 0.5  # image difference that is left, of the case's intensity window
@@ -71,6 +72,20 @@ def fuse(carried, nearness):
 def _shown(own, other):
     """Where (F, Z) the image within a phase's carried label is better explained by it than by the other."""
     return ((other.residual - own.residual) * own.regions.sum(2)).sum((-2, -1)) > 0
+
+
+def expected_dice(labels, trust):
+    """The Dice (...) of labels (..., S, S) with the truth, if `trust`, alike, is a pixel's chance to be right.
+
+    Mean over the regions shown, NaN where there is none. A region misses what the pixels beside it, which
+    bear other labels, are in doubt about.
+    """
+    regions, trust = one_hot(labels.flatten(0, -3)), trust.flatten(0, -3)[:, None]
+    area, right = regions.sum((-2, -1)), (regions * trust).sum((-2, -1))
+    beside = F.max_pool2d(regions, 3, 1, 1) - regions
+    missed = (beside * (1 - trust)).sum((-2, -1))
+    dice = 2 * right / (area + right + missed).clamp(min=1e-6)
+    return (dice.sum(1) / (area > 0).sum(1)).view(labels.shape[:-2])
 
 
 def local_mean(images, width=5):

@@ -101,6 +101,22 @@ def test_one_known_phase_is_trusted_by_its_fit_alone():
     assert sources["ES"].all()
 
 
+def test_the_expected_dice_is_that_of_a_label_whose_pixels_are_wrong_as_often_as_trust_says():
+    labels = frames(ring(), torch.zeros_like(ring()))
+    assert trust.expected_dice(labels, torch.ones(labels.shape))[0].item() == pytest.approx(1)
+    assert trust.expected_dice(labels, torch.ones(labels.shape))[1].isnan()
+    rim = (ring(5, 11) == 2) & (ring() == 1)  # the outermost pixels of LV, each right or not by a coin
+    certainty = torch.where(rim, 0.5, 1.0).expand(labels.shape)
+    draws = torch.rand((500, *rim.shape), generator=torch.Generator().manual_seed(0)) < 0.5
+    truth = torch.where(rim & draws, 2, ring())
+    scores = []
+    for label in (1, 2):
+        shared = ((truth == label) & (ring() == label)).sum((-2, -1))
+        scores.append(2 * shared / ((truth == label).sum((-2, -1)) + (ring() == label).sum()))
+    expected = trust.expected_dice(labels, certainty)[0].item()
+    assert expected == pytest.approx(torch.stack(scores).mean().item(), abs=0.01)
+
+
 @pytest.mark.parametrize(("phase", "late"), [("ED", [2]), ("ES", [1, 2, 3])])
 def test_the_ends_of_the_stack_are_given_up_half_way_where_es_is_not_known(phase, late):
     labels = ring().expand(3, 5, -1, -1)
