@@ -122,7 +122,7 @@ def main():
     parser.add_argument("--size", type=int, default=96, help="pixels")
     parser.add_argument("--spacing", type=float, default=1.75, help="mm")
     parser.add_argument("--channels", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=800, help="of each U-Net")
+    parser.add_argument("--steps", type=int, default=600, help="of each U-Net")
     parser.add_argument("--registration-steps", type=int, default=1500)
     words = parser.parse_args()
     data, path = words.out / "phantom", words.out / "cases.csv"

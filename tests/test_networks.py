@@ -143,3 +143,10 @@ def test_every_parameter_learns():
     ):
         network(*inputs).square().sum().backward()
         assert all(p.grad is not None and p.grad.any() for p in network.parameters() if p.dim() > 1)
+
+
+def test_a_segmentation_begins_with_background_as_frequent_as_it_is():
+    torch.manual_seed(0)
+    shares = SegmentationNetwork(8)(torch.rand(4, 1, 32, 32)).softmax(1).mean((0, 2, 3))
+    assert 0.75 < shares[0] < 0.95
+    assert (shares[1:] > 0.01).all()
