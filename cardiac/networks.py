@@ -87,8 +87,8 @@ class SegmentationNetwork(nn.Module):
         )
         self.merge = nn.ModuleList(_double_convolution(2 * width, width) for width in widths[1:])
         self.classify = nn.Conv2d(channels, CLASSES, 1)
-        # Nine of ten pixels are background. A network that does not begin with that (Lin et al., 2017, section
-        # 3.3) learns it first by silencing its features elsewhere, and a narrow one may lose a region for good.
+        # Nine of ten pixels are background. A network that does not begin with that (Lin et al., 2017, 3.3)
+        # learns it first by silencing its features elsewhere, and a narrow one may lose a region for good.
         nn.init.zeros_(self.classify.bias)
         nn.init.constant_(self.classify.bias[:1], BACKGROUND_LOGIT)
 

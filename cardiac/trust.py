@@ -75,9 +75,9 @@ def _shown(own, other):
 
 
 def expected_dice(labels, trust):
-    """The Dice (...) of labels (..., S, S) with the truth, if `trust`, alike, is a pixel's chance to be right.
+    """The Dice with the truth to be expected of labels (..., S, S), if `trust` is how likely a pixel is right.
 
-    Mean over the regions shown, NaN where there is none. A region misses what the pixels beside it, which
+    trust: (..., S, S). Mean over the regions shown, NaN where there is none: (...). A region misses what the pixels beside it, which
     bear other labels, are in doubt about.
     """
     regions, trust = one_hot(labels.flatten(0, -3)), trust.flatten(0, -3)[:, None]

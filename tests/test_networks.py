@@ -126,7 +126,7 @@ def test_mirror_images_are_predicted_as_mirror_images():
     torch.manual_seed(0)
     network, (slices, *_) = SegmentationNetwork(2).eval(), pair(32, 48)
     plain, mirrored = (segment(each, slices) for each in (network, Mirrored(network)))
-    assert not torch.allclose(segment(network, slices.flip(2)).flip(2), plain, atol=1e-3)
+    assert not torch.allclose(segment(network, slices.flip(2)).flip(2), plain, atol=1e-4)
     for axes in ((2,), (3,), (2, 3)):
         torch.testing.assert_close(segment(Mirrored(network), slices.flip(axes)).flip(axes), mirrored)
     views = [segment(network, slices.flip(axes)).flip(axes) for axes in ((), (2,), (3,), (2, 3))]
