@@ -75,10 +75,10 @@ def _shown(own, other):
 
 
 def expected_dice(labels, trust):
-    """The Dice with the truth to be expected of labels (..., S, S), if `trust` is how likely a pixel is right.
+    """The Dice with the truth that is to be expected of labels, if `trust` is how likely a pixel is right.
 
-    trust: (..., S, S). Mean over the regions shown, NaN where there is none: (...). A region misses what the pixels beside it, which
-    bear other labels, are in doubt about.
+    labels, trust: (..., S, S). Returns (...): the mean over the regions shown, NaN where there is none. A
+    region misses what the pixels beside it, which bear other labels, are in doubt about.
     """
     regions, trust = one_hot(labels.flatten(0, -3)), trust.flatten(0, -3)[:, None]
     area, right = regions.sum((-2, -1)), (regions * trust).sum((-2, -1))
