@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 from tqdm import tqdm
 
-from cardiac import propagation, report
+from cardiac import propagation, report, trust
 from cardiac.cache import open_cache
 from cardiac.cases import load_labels
 from cardiac.files import InputError, write_csv
@@ -32,7 +32,7 @@ def main(argv):
     if not cases:
         raise InputError(f"{cache.root}: no case of Training has labels; there is nothing to propagate")
     made_from = f"registration of step {trained.step}, {weights_digest(network)}, {settings.frames}, "
-    made_from += f"{settings.recipe}, trust {settings.trust}"
+    made_from += f"{settings.recipe}, trust {trust.RULES if settings.trust else None}"
     with run_folder(settings, "propagation", cache.cases) as folder:
         path = folder / "labels.h5"
         if propagation.made_from(path) == made_from:
@@ -83,9 +83,9 @@ def propagate(network, cache, cases, settings, device, parts=UNKEPT):
               "(no label to carry, or kept = 0 in quality.csv)")  # fmt: skip
     else:
         print("no frame lies between ED and ES: nothing is propagated, and the files are empty")
-    labels, trust = (np.concatenate([result[name] for result in found]) for name in ("labels", "trust"))
+    labels, trusts = (np.concatenate([result[name] for result in found]) for name in ("labels", "trust"))
     where = [(row["case"], row["frame"], row["slice"]) for row in kept]
-    return propagation.Propagated(labels, where, confidence, trust if settings.trust else None), rows
+    return propagation.Propagated(labels, where, confidence, trusts if settings.trust else None), rows
 
 
 def propagate_case(network, cache, case, settings, device):
@@ -107,8 +107,8 @@ def propagate_case(network, cache, case, settings, device):
             row |= {"folding_percent": float(found.folding[f, z]), "kept": int(kept[f, z])}
             rows.append({**row, "fault": found.fault[f][z]})
         maps.append(np.stack([found.labels[kept], found.trust[kept]]))
-    labels, trust = np.concatenate(maps, axis=1)
-    return {"rows": rows, "gain": gain, "labels": labels, "trust": trust}
+    labels, trusts = np.concatenate(maps, axis=1)
+    return {"rows": rows, "gain": gain, "labels": labels, "trust": trusts}
 
 
 def on_own_grid(cache, case, propagated):

@@ -4,9 +4,10 @@ Cine MRI has 20 to 30 frames a heartbeat and expert labels on two of them. A net
 frames of one patient; its displacement fields carry the labels to the frames between; a U-Net learns from
 both.
 
-The modules, in the order in which the data meets them: `cases` (what lies on disk), `cache` (slices of one
-size and spacing in one HDF5 file), `slices` (batches on the device), `warp`, `networks`, `losses` (the
-method), `training` (the loop), `propagation` (labels through time), `metrics`, `evaluation` and `report`.
+The modules, in the order in which the data meets them: `nifti`, `cases` (what lies on disk), `preprocessing`,
+`cache` (slices of one size and spacing in one HDF5 file), `slices` (batches on the device), `warp`,
+`networks`, `losses` (the method), `training` (the loop), `propagation` and `trust` (labels through time),
+`metrics`, `evaluation` and `report`.
 `phantom` and `demo` make a dataset with a known truth and run everything on it.
 """
 

@@ -115,7 +115,7 @@ def read_cases(root):
 def load_case(case):
     """Read the voxels of a case.
 
-    Returns image (X, Y, Z, T), see `read_image`; labels {frame: uint8 (X, Y, Z)} of ED and ES, in M&Ms
+    Returns image (X, Y, Z, T), see `nifti.read_image`; labels {frame: uint8 (X, Y, Z)} of ED and ES, in M&Ms
     order, or {}; warnings, a list of lines. Raises InputError, beginning with the code, for voxels that
     cannot be used.
     """

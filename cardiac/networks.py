@@ -72,7 +72,8 @@ class SegmentationNetwork(nn.Module):
     """The paper's 2-D U-Net (Ronneberger et al., 2015), after section 3.3.
 
     `channels` at the first level, doubled over four max-poolings; two 3x3 convolutions with batch norm and
-    ReLU a level; transposed convolutions up; 1x1 convolution to background, LV, MYO and RV.
+    ReLU a level; transposed convolutions up; 1x1 convolution to background, LV, MYO and RV. Not the paper's:
+    it begins with the background's prior.
     """
 
     def __init__(self, channels=32):

@@ -1,4 +1,4 @@
-"""From a case's own grid and intensities to the slices that the networks see, and exactly back.
+"""From a case's own grid and intensities to the slices that the networks see, and the grid's way back.
 
 Slices keep the axes of the NIfTI array, X along H and Y along W.
 """

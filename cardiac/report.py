@@ -10,10 +10,11 @@ from matplotlib.lines import Line2D
 from PIL import Image
 
 from cardiac import LABELS, REGIONS
-from cardiac.cases import load_case, read_label_values
+from cardiac.cases import load_case
 from cardiac.files import read_csv, replacing, write_bytes
 from cardiac.losses import IGNORED
 from cardiac.networks import register, segment
+from cardiac.nifti import read_label_values
 from cardiac.warp import jacobian_determinant, warp
 
 # Okabe & Ito (2008): told apart by colour-blind readers, on dark images too

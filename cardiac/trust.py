@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from cardiac import LABELS
 from cardiac.losses import one_hot
 
+RULES = 2  # labels.h5 that older rules made is made again
 # `experiments/trust_scales.py` compares them with how often carried pixels are right; `exp(-x / scale)` each.
 RESIDUAL = 0.5  # image difference that is left, of the case's intensity window
 CYCLE_MM = 50.0  # distance by which the way there and back misses
@@ -28,7 +29,7 @@ def fuse(carried, nearness):
     carried: {phase: `propagation.Carried`}; nearness: {phase: (F,)} from 1 at that phase to 0 at the other.
     Returns regions (F, Z, 3, S, S), trust (F, Z, S, S) in [0, 1] and sources, {phase: (F, Z) bool}: the
     phases that a slice has its label from. One that only one of two known phases shows, out of which the base
-    moves at an unknown time, has it in the nearer half, as long as where the label lies the image is better
+    moves at an unknown time, has it in the nearer half, in frames where the image under the label is better
     explained by that phase's image than by the other's, which shows what lies beyond the base; and it has
     less trust the later. Where ES is not known, the two ends of ED's stack have it in the nearer half: in the
     most basal slice the RV is gone at ES in three patients of four.
@@ -77,7 +78,7 @@ def _shown(own, other):
 def expected_dice(labels, trust):
     """The Dice with the truth that is to be expected of labels, if `trust` is how likely a pixel is right.
 
-    labels, trust: (..., S, S). Returns (...): the mean over the regions shown, NaN where there is none. A
+    labels, trust: (F, Z, S, S). Returns (F, Z): the mean over the regions shown, NaN where there is none. A
     region misses what the pixels beside it, which bear other labels, are in doubt about.
     """
     regions, trust = one_hot(labels.flatten(0, -3)), trust.flatten(0, -3)[:, None]

@@ -135,7 +135,7 @@ def main():
                 rows += run(model, seed, words, others)
                 write_csv(path, COLUMNS, rows)
                 rows = read_csv(path)
-    print_results(rows)
+    print_results([row for row in rows if int(row["seed"]) < words.seeds])
 
 
 if __name__ == "__main__":

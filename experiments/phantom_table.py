@@ -144,7 +144,7 @@ def main():
             rows += train_and_score(model, place, common[recipe], seed, words, caches[recipe], recipe)
             write_csv(path, COLUMNS, rows)
             rows = read_csv(path)
-    print_results(rows, truth)
+    print_results([row for row in rows if int(row["seed"]) < words.seeds], truth)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@
 
 For every seed and recipe: register, propagate, and score every slice that lies between ED and ES on its
 case's own grid. Rows that are in OUT/slices.csv already are
-not made again. Ends with three tables, mean over seeds (and standard deviation): Dice in 3-D over the slices
-kept; the error (1 - Dice) of the 80 % most trusted slices beside that of the rest; Spearman's correlation of
-a slice's true Dice with its confidence, its place (distance from the middle of the labelled slices) and the
-area of its label.
+not made again. Ends with two tables, of the slices that a recipe keeps and of those that both keep, mean over
+seeds (and standard deviation): Dice in 3-D; the error (1 - Dice) of the 80 % most trusted slices beside that
+of the rest; Spearman's correlation of a slice's true Dice with its confidence, its place (distance from the
+middle of the labelled slices) and the area of its label.
 """
 
 import argparse
@@ -93,8 +93,26 @@ def trust_against_truth(rows):
     return [*errors, *(spearmanr(each, true).statistic for each in (confidence, -place, area))]
 
 
+def kept_by_all(rows):
+    """The rows of slices that every recipe of their seed keeps."""
+    keepers = {}
+    for row in rows:
+        if row["kept"] == "1":
+            place = row["seed"], row["case"], row["frame"], row["slice"]
+            keepers.setdefault(place, []).append(row)
+    recipes = {row["recipe"] for row in rows}
+    return [row for found in keepers.values() if len(found) == len(recipes) for row in found]
+
+
 def print_results(rows):
-    """The tables, a row a recipe."""
+    """The table of the slices that each recipe keeps, and of those that all keep."""
+    for what, chosen in (("a recipe keeps", rows), ("every recipe keeps", kept_by_all(rows))):
+        print(f"\nslices that {what}:")
+        print_table(chosen)
+
+
+def print_table(rows):
+    """A table, a row a recipe."""
     print("\n| recipe | slices | kept | LV | MYO | RV | mean | error of 80 % most trusted | of the rest "
           "| Spearman: trust | place | area |\n|---" + "|---:" * 11 + "|")  # fmt: skip
     for recipe in dict.fromkeys(row["recipe"] for row in rows):

@@ -6,8 +6,8 @@
 ED's label is carried to ES by the registration in OUT and compared with the expert's, pixel by pixel within a
 few pixels of the carried label, in the cases of one split. Prints the scales of the residual and the cycle
 that make exp(-residual / a - cycle / b) the likeliest probability of being right; how often pixels are right
-by trust as the code gives it; and, from base to apex, how slices fare. Fit on cases whose ES labels the
-registration never saw.
+by their trust (that of one guess, with the ends of the stack); and, from base to apex, how slices fare. Fit
+on cases whose ES labels the registration never saw.
 """
 
 import argparse
@@ -42,6 +42,8 @@ def carried_pixels(network, cache, case, device):
     pixels = torch.stack([column[near] for column in columns]).cpu().numpy()
     found, expert = found.cpu().numpy(), expert.cpu().numpy()
     shown = carried.present.nonzero().flatten().tolist()
+    if not shown:
+        return pixels, []
     area = (store.expert(case, case.ed) > 0).sum((1, 2)).tolist()
     if area[shown[0]] < area[shown[-1]]:
         shown.reverse()
@@ -78,6 +80,8 @@ def main():
     device, cache = choose_device(settings.device), open_cache(settings)
     network, _ = propagation.load_registration(settings.out, device)
     cases = [case for case in cache.split(words.split) if case.labelled]
+    if not cases:
+        raise SystemExit(f"{settings.data}: no labelled case in {words.split}; choose another --split")
     columns, stacks = zip(*(carried_pixels(network, cache, case, device) for case in cases))
     residual, cycle, certainty, right = np.concatenate(columns, 1).astype(float)
     print(

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cardiac import cache as cache_module
-from cardiac.cache import Cache, CachedCase, open_cache, to_slices
+from cardiac.cache import Cache, CachedCase, open_cache
 from cardiac.cases import load_case
 from cardiac.files import InputError
+from cardiac.preprocessing import to_slices
 from cardiac.settings import Settings
 
 # ------------------------------------------------------------ building and rebuilding
