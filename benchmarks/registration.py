@@ -132,7 +132,7 @@ def speed(size, rounds):
             rows.append(milliseconds(f"{kind}, {size} x {size}: {name}", times[name]))
             if name == GUIDED:
                 limit = targets[kind]["VxmDense"]
-                rows.append(ratio("... / VxmDense", times[name], times["VxmDense"], at_most=limit))
+                rows.append(ratio("... guided / VxmDense", times[name], times["VxmDense"], at_most=limit))
             elif name != "ours":
                 limit = targets[kind].get(name, 1.0)
                 rows.append(ratio(f"... ours / {name}", times["ours"], times[name], at_most=limit))
