@@ -88,10 +88,7 @@ class SegmentationNetwork(nn.Module):
         )
         self.merge = nn.ModuleList(_double_convolution(2 * width, width) for width in widths[1:])
         self.classify = nn.Conv2d(channels, CLASSES, 1)
-        # Nine of ten pixels are background. A network that does not begin with that (Lin et al., 2017, 3.3)
-        # learns it first by silencing its features elsewhere, and a narrow one may lose a region for good.
-        nn.init.zeros_(self.classify.bias)
-        nn.init.constant_(self.classify.bias[:1], BACKGROUND_LOGIT)
+        begin_with_background(self.classify.bias)
 
     def forward(self, x):
         """x: slices (B, 1, H, W). Returns logits (B, 4, H, W)."""
@@ -104,6 +101,16 @@ class SegmentationNetwork(nn.Module):
         for up, merge, skip in zip(self.up, self.merge, reversed(skips)):
             x = merge(torch.cat([skip, up(x)], dim=1))
         return self.classify(x)
+
+
+def begin_with_background(bias):
+    """Set the bias (4,) of the last convolution to the background's prior (Lin et al., 2017, section 3.3).
+
+    Nine of ten pixels are background. A network that does not begin with that learns it first by silencing
+    its features elsewhere, and a narrow one may lose a region for good.
+    """
+    nn.init.zeros_(bias)
+    nn.init.constant_(bias[:1], BACKGROUND_LOGIT)
 
 
 class Mirrored(nn.Module):

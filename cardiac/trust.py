@@ -40,14 +40,9 @@ def fuse(carried, nearness):
     sources = {phase: each.present.expand(len(each.regions), -1) for phase, each in carried.items()}
     nearer_half = {phase: (nearness[phase] >= 0.5)[:, None] for phase in carried}
     if len(carried) == 2:
-        alone = {
-            phase: nearer_half[phase] & _shown(carried[phase], carried[rest])
-            for phase, rest in zip(carried, reversed(carried))
-        }
-        sources = {
-            phase: sources[phase] & (sources[rest] | alone[phase])
-            for phase, rest in zip(carried, reversed(carried))
-        }
+        for phase, rest in zip(carried, reversed(carried)):
+            alone = nearer_half[phase] & _shown(carried[phase], carried[rest])
+            sources[phase] = carried[phase].present & (carried[rest].present | alone)
     elif "ED" in carried:
         shown = F.pad(carried["ED"].present, (1, 1))
         inner = shown[:-2] & shown[2:]

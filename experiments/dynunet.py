@@ -23,7 +23,7 @@ from cardiac import CLASSES, REGIONS, evaluation
 from cardiac.cache import open_cache
 from cardiac.evaluation import aligned
 from cardiac.files import read_csv, write_csv
-from cardiac.networks import BACKGROUND_LOGIT, Mirrored
+from cardiac.networks import Mirrored, begin_with_background
 from cardiac.run import choose_device, run_folder
 from cardiac.settings import EvaluationSettings, SegmentationSettings, parse
 from cardiac.slices import LabelledSlices, SliceStore
@@ -49,9 +49,7 @@ class DynUNetSegmentation(Segmentation):
             upsample_kernel_size=strides[1:],
             filters=[settings.channels * 2**level for level in range(len(strides))],
         )
-        bias = self.network.output_block.conv.conv.bias  # begins with the background's prior, as ours does
-        torch.nn.init.zeros_(bias)
-        torch.nn.init.constant_(bias[:1], BACKGROUND_LOGIT)
+        begin_with_background(self.network.output_block.conv.conv.bias)  # as ours does
 
 
 MODELS = {  # name: (recipe, task)
