@@ -9,12 +9,12 @@ from tqdm import tqdm
 
 from cardiac import evaluation, networks, page, predict, report
 from cardiac.cache import open_cache
+from cardiac.checkpoint import Progress, load_network, read_checkpoint, weights_digest
 from cardiac.evaluation import MODELS
 from cardiac.files import InputError, read_json, write_csv, write_json, write_text
 from cardiac.parts import PARTS, Parts
 from cardiac.run import choose_device, dataset_identity, describe, run_folder, script
 from cardiac.settings import EvaluationSettings, parse
-from cardiac.training import Progress, load_network, read_checkpoint, weights_digest
 
 
 @script

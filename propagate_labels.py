@@ -9,6 +9,7 @@ from tqdm import tqdm
 from cardiac import propagation, report, trust
 from cardiac.cache import open_cache
 from cardiac.cases import load_labels
+from cardiac.checkpoint import weights_digest
 from cardiac.files import InputError, write_csv
 from cardiac.losses import IGNORED
 from cardiac.nifti import write_labels
@@ -17,7 +18,6 @@ from cardiac.preprocessing import most_likely, one_hot
 from cardiac.run import choose_device, describe, run_folder, script
 from cardiac.settings import PropagationSettings, parse
 from cardiac.slices import SliceStore
-from cardiac.training import weights_digest
 
 COLUMNS = ("case", "vendor", "frame", "slice", "source", "confidence", "folding_percent", "kept")
 

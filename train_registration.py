@@ -9,6 +9,7 @@ import torch
 from cardiac import REGIONS, losses, networks, propagation, report
 from cardiac.augment import augment_pairs
 from cardiac.cache import open_cache
+from cardiac.checkpoint import load_network, weights_digest
 from cardiac.files import write_csv
 from cardiac.metrics import dice
 from cardiac.parallel import from_first, in_first
@@ -16,7 +17,7 @@ from cardiac.parts import PARTS, Parts
 from cardiac.run import choose_device, describe, run_folder, script
 from cardiac.settings import RegistrationSettings, parse
 from cardiac.slices import Pairs, SliceStore
-from cardiac.training import fit, load_network, weights_digest
+from cardiac.training import fit
 from cardiac.warp import integrate, resize_displacement, warp
 
 

@@ -9,6 +9,7 @@ import torch
 from cardiac import LABELS, losses, networks, report
 from cardiac.augment import augment_slices
 from cardiac.cache import PREPROCESSING, open_cache
+from cardiac.checkpoint import load_network
 from cardiac.files import InputError, read_json
 from cardiac.metrics import dice
 from cardiac.parallel import from_first, in_first
@@ -16,7 +17,7 @@ from cardiac.propagation import Propagated, made_from
 from cardiac.run import choose_device, describe, run_folder, script
 from cardiac.settings import SegmentationSettings, parse
 from cardiac.slices import LabelledSlices, SliceStore
-from cardiac.training import fit, load_network
+from cardiac.training import fit
 
 
 class Segmentation:

@@ -9,13 +9,13 @@ from scipy.ndimage import distance_transform_edt
 
 from cardiac import LABELS, REGIONS, trust
 from cardiac.cases import load_labels
+from cardiac.checkpoint import load_network
 from cardiac.files import InputError, hdf5_dataset, read_json, writing_hdf5
 from cardiac.losses import IGNORED, one_hot
 from cardiac.metrics import dice, score_case
 from cardiac.networks import RegistrationNetwork, register
 from cardiac.parts import UNKEPT
 from cardiac.slices import SliceStore
-from cardiac.training import load_network
 from cardiac.warp import compose, jacobian_determinant, warp
 from cardiac.workers import worker_pool
 

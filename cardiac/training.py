@@ -6,20 +6,17 @@ schedule, mixed precision, checkpoints, resume, the log and the way out when it 
 
 import contextlib
 import dataclasses
-import hashlib
-import io
 import math
-import operator
 import resource
 import time
-import zipfile
 from typing import Protocol
 
 import torch
 from tqdm import tqdm
 
 from cardiac import parallel
-from cardiac.files import InputError, replacing, write_bytes, write_csv
+from cardiac.checkpoint import Progress, resume, write_checkpoint
+from cardiac.files import InputError, replacing, write_csv
 from cardiac.run import deferred_signals
 
 READ_EVERY = 20  # steps between two looks at the losses: each look waits for the device
@@ -42,17 +39,6 @@ class Task(Protocol):
         """A dict of numbers: "val_loss" drives the plateau schedule, "score" (larger is better) picks
         best.pt.
         """
-
-
-@dataclasses.dataclass
-class Progress:
-    """Where a run stands: what a checkpoint holds beside weights, optimiser and schedule."""
-
-    step: int = 0
-    best: float = -math.inf  # score of best.pt
-    seconds: float = 0.0  # of all sittings
-    sums: dict = dataclasses.field(default_factory=dict)  # of losses, over the steps of the running epoch
-    rows: list = dataclasses.field(default_factory=list)  # of log.csv
 
 
 def fit(task, settings, folder, device, outcome="curves.png"):
@@ -105,7 +91,7 @@ class Run:
         self.parts = {name: getattr(self, name) for name in names}
         self.progress = Progress()
         if (folder / "last.pt").exists():
-            self.progress = _resume(folder / "last.pt", device, self.parts)
+            self.progress = resume(folder / "last.pt", device, self.parts)
 
     def begin(self):
         """Start the clock; returns the `Meter`."""
@@ -339,64 +325,3 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def write_checkpoint(path, state):
-    """Write a checkpoint of plain tensors and Python values, whole or not at all."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_bytes(path, buffer.getbuffer())
-
-
-def read_checkpoint(path, device):
-    """Read a checkpoint of `write_checkpoint`. It may come from a stranger: nothing in it is executed.
-
-    Raises InputError where there is none or it is not one.
-    """
-    if not path.exists():
-        raise InputError(f"{path}: there is no such checkpoint; run the training script before")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
-                raise ValueError("it unpacks to more than it is")
-        state = torch.load(path, map_location=device, weights_only=True)
-        progress = Progress(**state["progress"])
-        if operator.index(progress.step) < 0 or math.isnan(progress.best):
-            raise ValueError("its progress makes no sense")
-    except Exception as error:  # a broken or hostile file can raise anything; none of it is worth a traceback
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
-        raise InputError(
-            f"{path}: not a checkpoint of this program ({reason}); remove it or --overwrite"
-        ) from error
-    return state
-
-
-def load_network(network, path, device):
-    """Load a checkpoint's weights into `network`, ready for inference; returns its `Progress`."""
-    state = read_checkpoint(path, device)
-    _restore(path, state, network=network)
-    network.to(device, memory_format=torch.channels_last).eval()
-    return Progress(**state["progress"])
-
-
-def weights_digest(network):
-    """A digest of a network's weights alone: its checkpoint has the run's clock in it too."""
-    weights = b"".join(value.cpu().numpy().tobytes() for value in network.state_dict().values())
-    return hashlib.sha256(weights).hexdigest()[:16]
-
-
-def _restore(path, state, **parts):
-    for name, part in parts.items():
-        try:
-            part.load_state_dict(state[name])
-        except Exception as error:  # as above
-            what = f"its {name} is of another architecture (another --channels?)"
-            raise InputError(f"{path}: {what}; start anew with --overwrite") from error
-
-
-def _resume(path, device, parts):
-    state = read_checkpoint(path, device)
-    _restore(path, state, **parts)
-    progress = Progress(**state["progress"])
-    print(f"{path}: going on from step {progress.step}", flush=True)
-    return progress

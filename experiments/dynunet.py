@@ -21,13 +21,14 @@ from monai.networks.nets import DynUNet
 
 from cardiac import CLASSES, REGIONS, evaluation
 from cardiac.cache import open_cache
+from cardiac.checkpoint import load_network
 from cardiac.evaluation import aligned
 from cardiac.files import read_csv, write_csv
 from cardiac.networks import Mirrored, begin_with_background
 from cardiac.run import choose_device, run_folder
 from cardiac.settings import EvaluationSettings, SegmentationSettings, parse
 from cardiac.slices import LabelledSlices, SliceStore
-from cardiac.training import fit, load_network
+from cardiac.training import fit
 from train_segmentation import Segmentation
 
 COLUMNS = ("seed", "parameters", "training_seconds", *evaluation.CASES)

@@ -20,13 +20,13 @@ import train_registration
 import train_segmentation
 from cardiac import demo, evaluation, phantom
 from cardiac.cache import open_cache
+from cardiac.checkpoint import load_network
 from cardiac.evaluation import aligned
 from cardiac.files import read_csv, write_csv
 from cardiac.networks import Mirrored, SegmentationNetwork
 from cardiac.propagation import Propagated
 from cardiac.run import choose_device
 from cardiac.settings import EvaluationSettings, PropagationSettings, parse
-from cardiac.training import load_network
 
 RECIPES = ("paper", "strong")
 MODELS = ("original", "propagated", "oracle")

@@ -34,6 +34,7 @@ from scipy.ndimage import distance_transform_edt
 
 from cardiac import LABELS, REGIONS
 from cardiac.cache import open_cache
+from cardiac.checkpoint import write_checkpoint
 from cardiac.evaluation import aligned
 from cardiac.files import write_csv
 from cardiac.losses import one_hot
@@ -43,7 +44,7 @@ from cardiac.propagation import NEAR_HEART_MM
 from cardiac.run import run_folder
 from cardiac.settings import RegistrationSettings, parse
 from cardiac.slices import SliceStore
-from cardiac.training import WeightAverage, write_checkpoint
+from cardiac.training import WeightAverage
 from cardiac.warp import jacobian_determinant
 from train_registration import Registration
 

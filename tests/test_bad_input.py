@@ -28,12 +28,12 @@ import train_registration
 import train_segmentation
 from cardiac import cache
 from cardiac.cases import read_cases
+from cardiac.checkpoint import read_checkpoint, write_checkpoint
 from cardiac.files import InputError, read_csv
 from cardiac.parts import PARTS
 from cardiac.propagation import Propagated
 from cardiac.run import script
 from cardiac.settings import Settings
-from cardiac.training import read_checkpoint, write_checkpoint
 
 SCRIPTS = {  # what each of them writes, its further words
     train_registration: ("registration", [*SHORT.split(), "--size", "32", "--spacing", "2"]),

@@ -29,12 +29,12 @@ import propagate_labels
 import train_registration
 import train_segmentation
 from cardiac import cache, evaluation, files, propagation, report
+from cardiac.checkpoint import write_checkpoint
 from cardiac.nifti import write_labels
 from cardiac.parts import PARTS, write_part
 from cardiac.propagation import Propagated
 from cardiac.run import script
 from cardiac.settings import Settings
-from cardiac.training import write_checkpoint
 
 SCRIPTS = {  # folder below OUT: the script that writes it, its words beside data, out, cache and workers
     "registration": (train_registration, [*TINY.split(), *SHORT.split()]),

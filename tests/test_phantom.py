@@ -9,6 +9,7 @@ import pytest
 from scipy.ndimage import map_coordinates
 
 from cardiac import LABELS, phantom
+from cardiac.heart import DISEASES, time_course
 from cardiac.files import InputError
 
 FRAMES, SLICES = 6, 5
@@ -166,7 +167,7 @@ def test_map_has_no_fold_and_dies_away_before_the_border(cases):
 
 def test_lv_empties_and_the_wall_keeps_its_volume(cases):
     for case in cases:
-        limits = phantom.DISEASES[case["pathology"]]
+        limits = DISEASES[case["pathology"]]
         middle = case["label"][:, :, interior(case["label"])]
         area = {region: (middle == value).sum((0, 1, 2)) for region, value in LABELS.items()}
         ed, es = case["ed"], case["es"]
@@ -190,7 +191,7 @@ def test_the_base_takes_labels_with_it_as_it_descends(cases):
 
 def test_time_is_a_circle_with_a_short_systole():
     for frames, ed, es in ((12, 0, 5), (12, 11, 4), (4, 3, 1)):
-        share = np.array(phantom.time_course(frames, ed, es))
+        share = np.array(time_course(frames, ed, es))
         assert share[ed] == 0
         assert share[es] == 1
         turned = np.roll(share, -ed)

@@ -14,12 +14,13 @@ import torch
 from hypothesis import strategies as st
 
 from cardiac import training
+from cardiac.checkpoint import Progress, load_network, read_checkpoint, write_checkpoint
 from cardiac.files import InputError
 from cardiac.networks import RegistrationNetwork, SegmentationNetwork
 from cardiac.run import Terminated, script
 from cardiac.settings import TrainingSettings
 from cardiac.slices import step_generator
-from cardiac.training import fit, load_network, read_checkpoint, write_checkpoint
+from cardiac.training import fit
 
 CPU = torch.device("cpu")
 TIMING = {"seconds", "samples_per_second", "waiting_percent", "memory_gb"}
@@ -401,7 +402,7 @@ def hostile():
         def __reduce__(self):
             return os.mkdir, ("executed",)
 
-    progress = dataclasses.asdict(training.Progress())
+    progress = dataclasses.asdict(Progress())
     good = {"network": SegmentationNetwork(1).state_dict(), "progress": progress}
     states = {
         "code": Evil(),

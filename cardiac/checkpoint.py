@@ -1,0 +1,85 @@
+"""Checkpoints: plain tensors, and how far a run is."""
+
+import dataclasses
+import hashlib
+import io
+import math
+import operator
+import zipfile
+
+import torch
+
+from cardiac.files import InputError, write_bytes
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands: what a checkpoint holds beside weights, optimiser and schedule."""
+
+    step: int = 0
+    best: float = -math.inf  # score of best.pt
+    seconds: float = 0.0  # of all sittings
+    sums: dict = dataclasses.field(default_factory=dict)  # of losses, over the steps of the running epoch
+    rows: list = dataclasses.field(default_factory=list)  # of log.csv
+
+
+def write_checkpoint(path, state):
+    """Write a checkpoint of plain tensors and Python values, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_bytes(path, buffer.getbuffer())
+
+
+def read_checkpoint(path, device):
+    """Read a checkpoint of `write_checkpoint`. It may come from a stranger: nothing in it is executed.
+
+    Raises InputError where there is none or it is not one.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: there is no such checkpoint; run the training script before")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it unpacks to more than it is")
+        state = torch.load(path, map_location=device, weights_only=True)
+        progress = Progress(**state["progress"])
+        if operator.index(progress.step) < 0 or math.isnan(progress.best):
+            raise ValueError("its progress makes no sense")
+    except Exception as error:  # a broken or hostile file can raise anything; none of it is worth a traceback
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        raise InputError(
+            f"{path}: not a checkpoint of this program ({reason}); remove it or --overwrite"
+        ) from error
+    return state
+
+
+def load_network(network, path, device):
+    """Load a checkpoint's weights into `network`, ready for inference; returns its `Progress`."""
+    state = read_checkpoint(path, device)
+    _restore(path, state, network=network)
+    network.to(device, memory_format=torch.channels_last).eval()
+    return Progress(**state["progress"])
+
+
+def weights_digest(network):
+    """A digest of a network's weights alone: its checkpoint has the run's clock in it too."""
+    weights = b"".join(value.cpu().numpy().tobytes() for value in network.state_dict().values())
+    return hashlib.sha256(weights).hexdigest()[:16]
+
+
+def _restore(path, state, **parts):
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(state[name])
+        except Exception as error:  # as above
+            what = f"its {name} is of another architecture (another --channels?)"
+            raise InputError(f"{path}: {what}; start anew with --overwrite") from error
+
+
+def resume(path, device, parts):
+    """Load what a checkpoint holds of a run's `parts`, {name: object}; returns its `Progress`."""
+    state = read_checkpoint(path, device)
+    _restore(path, state, **parts)
+    progress = Progress(**state["progress"])
+    print(f"{path}: going on from step {progress.step}", flush=True)
+    return progress
