@@ -9,8 +9,8 @@ import pytest
 from scipy.ndimage import map_coordinates
 
 from cardiac import LABELS, phantom
-from cardiac.heart import DISEASES, time_course
 from cardiac.files import InputError
+from cardiac.heart import DISEASES, time_course
 
 FRAMES, SLICES = 6, 5
 COUNTS = {"training": 4, "validation": 1, "testing": 4, "unlabelled": 1}
