@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import h5py
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.ndimage import distance_transform_edt
 
 from cardiac import LABELS, REGIONS, trust
@@ -152,7 +153,12 @@ class Carried:
     cycle: torch.Tensor  # (F, Z, S, S) mm by which the way there and back misses
     confidence: torch.Tensor  # (F, Z) Dice of the label with itself after the way there and back
     folding: torch.Tensor  # (F, Z) percent of det J <= 0 near the heart
-    present: torch.Tensor  # (Z,) slices with a label; without, confidence and folding are NaN
+    areas: torch.Tensor  # (Z, 3) pixels of each region in the source
+
+    @property
+    def present(self):
+        """(Z,) slices with a label; without, confidence and folding are NaN."""
+        return (self.areas > 0).any(1)
 
 
 @torch.no_grad()
@@ -184,7 +190,7 @@ def carry(network, store, source, frames):
     folding = torch.where(shown.any(1), folding, torch.nan)
     shape = (count, case.slices)
     parts = (part.unflatten(0, shape) for part in (regions, residual, cycle, confidence, folding))
-    return Carried(*parts, shown.any(1).view(shape)[0])
+    return Carried(*parts, areas[: case.slices])
 
 
 @dataclass
@@ -242,8 +248,11 @@ def propagate_interval(network, store, start, end, frames, trusted):
 
 def _dilate(masks, pixels):
     """Masks (B, H, W) dilated by a square of so many pixels to every side."""
-    width = 2 * round(pixels) + 1
-    return torch.nn.functional.max_pool2d(masks[:, None].float(), width, 1, width // 2)[:, 0] > 0
+    half = round(pixels)
+    masks = masks[:, None].float()
+    for side in ((half, 0), (0, half)):  # along one axis after the other: for a square that is the same
+        masks = F.max_pool2d(masks, tuple(2 * n + 1 for n in side), 1, side)
+    return masks[:, 0] > 0
 
 
 # ------------------------------------------------------------------------- the registration's own quality

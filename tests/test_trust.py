@@ -1,11 +1,10 @@
 """Trust: high where both phases agree and the image fits, low where not; and what makes a slice a fault."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from cardiac import trust
+from cardiac.propagation import Carried
 
 SIDE = 40
 GRID = torch.stack(torch.meshgrid(*[torch.arange(float(SIDE))] * 2, indexing="ij"))
@@ -22,13 +21,8 @@ def carried(labels, residual=0.0, cycle=0.0, present=(True,)):
     regions = torch.stack([labels == k for k in (1, 2, 3)], 2).float()
     flat = torch.ones(labels.shape)
     confidence = torch.where(torch.tensor(present), 1.0, torch.nan).expand(labels.shape[:2])
-    return SimpleNamespace(
-        regions=regions,
-        residual=residual * flat,
-        cycle=cycle * flat,
-        confidence=confidence,
-        present=torch.tensor(present),
-    )
+    areas = regions[0].sum((-2, -1)) * torch.tensor(present)[:, None]
+    return Carried(regions, residual * flat, cycle * flat, confidence, torch.zeros(labels.shape[:2]), areas)
 
 
 def fuse(ed, es, elapsed):
@@ -117,12 +111,44 @@ def test_the_expected_dice_is_that_of_a_label_whose_pixels_are_wrong_as_often_as
     assert expected == pytest.approx(torch.stack(scores).mean().item(), abs=0.01)
 
 
-@pytest.mark.parametrize(("phase", "late"), [("ED", [2]), ("ES", [1, 2, 3])])
-def test_the_ends_of_the_stack_are_given_up_half_way_where_es_is_not_known(phase, late):
-    labels = ring().expand(3, 5, -1, -1)
-    ends = carried(labels, present=(False, True, True, True, False))
-    _, _, sources = trust.fuse({phase: ends}, {phase: torch.tensor([0.75, 0.5, 0.25])})
-    assert [row.nonzero().flatten().tolist() for row in sources[phase]] == [[1, 2, 3], [1, 2, 3], late]
+def heart(slices=5, rv_from=1, base_first=True):
+    """Labels (Z, S, S) of a stack whose base has a larger wall, and an RV in slices from the base on."""
+    stack = torch.stack([ring(6 - z / 2, 10 - z / 2) for z in range(slices)])
+    crescent = (ring(5, 6, (20.0, 34.0)) > 0) & (stack == 0)
+    stack[rv_from : slices - 1][crescent[rv_from : slices - 1]] = 3
+    return stack if base_first else stack.flip(0)
+
+
+@pytest.mark.parametrize("base_first", [True, False])
+def test_where_es_is_not_known_the_outermost_slices_lose_regions_as_the_heart_shortens(base_first):
+    labels = heart(base_first=base_first).expand(3, -1, -1, -1)
+    remaining = torch.tensor([1.0, 0.5, 0.0])
+    regions, certainty, sources = trust.fuse({"ED": carried(labels, present=(True,) * 5)}, {"ED": remaining})
+    assert sources["ED"].all()
+    shares = regions.amax((-2, -1))  # (F, Z, 3): every region that is shown has pixels of its own
+    shares = shares if base_first else shares.flip(1)
+    assert (shares[0, :, :2] == 1).all()
+    assert shares[0, :, 2].tolist() == [0, 1, 1, 1, 0]
+    base, apex = (torch.tensor(trust.GONE_AT_ES[end]) for end in ("base", "apex"))
+    for frame, share in enumerate(remaining):
+        left = 1 - (1 - share) * torch.stack([base, apex])
+        assert torch.allclose(shares[frame, [0, 4], :2], left[:, :2])
+        assert torch.allclose(shares[frame, [1, 3], 2], left[:, 2]), "the RV's outermost, not the stack's"
+        assert (shares[frame, 1:4, :2] == 1).all()
+        assert shares[frame, 2, 2] == 1
+    es = certainty[2] if base_first else certainty[2].flip(0)
+    rv = labels[0] == 3 if base_first else labels[0].flip(0) == 3
+    assert torch.allclose(es[1][rv[1]], base[2]), "gone rather than there: background, by that chance"
+    assert torch.allclose(es[3][rv[3]], 1 - apex[2]), "there rather than gone"
+
+
+def test_es_alone_and_short_stacks_keep_what_they_show():
+    for phase, slices in (("ES", 5), ("ED", 2)):
+        labels = heart(slices).expand(2, -1, -1, -1)
+        whole = carried(labels, present=(True,) * slices)
+        regions, _, sources = trust.fuse({phase: whole}, {phase: torch.tensor([0.5, 0.0])})
+        assert torch.equal(regions, whole.regions)
+        assert sources[phase].all()
 
 
 def test_enclosed():

@@ -1,0 +1,93 @@
+"""Propagation and evaluation: time of a whole dataset, and what it is spent on."""
+
+import contextlib
+import io
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+import propagate_labels
+from benchmarks.common import DEVICE, Row, cache_of, in_turn, milliseconds, ratio, write_dataset
+from benchmarks.data import opened, settings_for
+from cardiac import evaluation, networks, propagation
+from cardiac.cases import load_labels
+from cardiac.settings import PropagationSettings
+
+CASES = 150  # labelled training patients of M&Ms
+
+
+def propagating(folder, rounds):
+    """Rows of propagating a case under the strong recipe, and of a dataset as large as M&Ms."""
+    cache = cache_of(folder / "slices.h5", 1, 25, 10, 192)
+    settings = PropagationSettings(recipe="strong", trust=True)
+    network = networks.RegistrationNetwork(guided=True).to(DEVICE, memory_format=torch.channels_last).eval()
+    register, taken = propagation.register, []
+
+    def whole():
+        with contextlib.redirect_stderr(io.StringIO()):
+            propagate_labels.propagate_case(network, cache, cache.cases[0], settings, DEVICE)
+
+    def recorded(*arguments):
+        taken.append(arguments)
+        return register(*arguments)
+
+    with mock.patch.object(propagation, "register", recorded):
+        whole()
+
+    def networks_alone():
+        for arguments in taken:
+            register(*arguments)
+
+    times = in_turn({"whole": whole, "network": networks_alone}, rounds)
+    batches_of_a_gpu = mock.patch.object(networks, "_inference_batch", return_value=64)
+    with torch.profiler.profile() as profiler, batches_of_a_gpu:
+        whole()
+    operations = [event for event in profiler.events() if event.name.startswith("aten::")]
+    asked = sum(e.cpu_parent is None or not e.cpu_parent.name.startswith("aten::") for e in operations)
+    limit = {"at_most": 60.0} if DEVICE.type == "cuda" else {}
+    return [
+        milliseconds("propagating a case", times["whole"]),
+        ratio("... of which the network", times["network"], times["whole"]),
+        Row("... operations that a GPU would be asked for", [asked]),
+        Row(f"a whole M&Ms: {CASES} such cases", list(CASES * times["whole"]), "s", **limit),
+    ]
+
+
+def evaluating(folder, rounds):
+    """Rows of what evaluating a case is made of."""
+    data = write_dataset(folder / "MnM", 1, (256, 216, 10, 25))
+    cache = opened(settings_for(data, folder / "cache", 192))
+    (case,) = cache.cases
+    network = networks.SegmentationNetwork(32).to(DEVICE, memory_format=torch.channels_last).eval()
+    store = evaluation.SliceStore(cache, [case], DEVICE)
+    labels = load_labels(case)
+    prediction = np.zeros(case.shape, np.uint8)
+    for frame, label in labels.items():
+        prediction[..., frame] = np.roll(label, 2, 0)  # a good one: of noise it would be none
+    grid, slices = case.grid(cache), torch.rand(case.slices, 4, 192, 192).softmax(1)
+    soft = np.stack([label == k for k in range(4) for label in [labels[case.ed]]]).astype(np.float32)
+    times = in_turn({
+        "network": lambda: [networks.segment(network, store.frame(store.cases[0], t)) for t in labels],
+        "grid": lambda: [grid.from_slices(slices[:, 1:].transpose(0, 1).numpy()) for _ in labels],
+        "worker": lambda: evaluation._write_and_score(
+            case, prediction, dict.fromkeys(labels, soft), folder / "prediction.nii.gz", False),
+        "read": lambda: load_labels(case),
+    }, rounds)  # fmt: skip
+    return [
+        milliseconds("evaluating a case, ED and ES: the U-Net", times["network"]),
+        milliseconds("... back to the case's own grid", times["grid"]),
+        milliseconds("... in a worker process: reading, scoring, writing", times["worker"]),
+        ratio("... of which reading the expert's labels", times["read"], times["worker"]),
+    ]
+
+
+def sections(rounds):
+    """(title, what it says, rows) of each table."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = "25 frames of 10 slices of 192 x 192, those between ED and ES, both labels carried and fused."
+        yield "Propagation", text, propagating(Path(folder), rounds)
+        text = "256 x 216 x 10 x 25 from slices of 192 x 192, U-Net of 32 channels."
+        yield "Evaluation", text, evaluating(Path(folder), rounds)
