@@ -3,8 +3,8 @@
     python experiments/ingredients.py --data DATA --out experiments/runs/ingredients
 
 Every line of the table is a run of train_registration.py; its quality.csv gives the Dice of ED's label
-carried to ES, in 3-D on each case's own grid, mean over regions and cases of Validation and of Testing, and
-the largest share of folded pixels near the heart. Runs that are in OUT/runs.csv already are not made again.
+carried to ES, in 3-D on each case's own grid, mean over regions and cases of Validation and of Testing (and
+its standard deviation over seeds), and the largest share of folded pixels near the heart. Runs that are in OUT/runs.csv already are not made again.
 """
 
 import argparse
@@ -46,6 +46,12 @@ def scores(folder):
     return found
 
 
+def over_seeds(values):
+    """A mean in words, with the standard deviation over seeds where there are several."""
+    spread = f" ({np.std(values, ddof=1):.3f})" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -80,10 +86,10 @@ def main():
             split: [r for r in rows if (r["name"], r["split"]) == (name, split)]
             for split in ("Validation", "Testing")
         }
-        cells = [np.mean([float(row["mean"]) for row in own["Validation"]])]
-        cells += [np.mean([float(row[column]) for row in own["Testing"]]) for column in (*REGIONS, "mean")]
+        columns = [("Validation", "mean"), *(("Testing", column) for column in (*REGIONS, "mean"))]
+        cells = [over_seeds([float(row[column]) for row in own[split]]) for split, column in columns]
         worst = max(float(row["folding_percent"]) for row in own["Testing"])
-        lines.append([name, *(f"{cell:.3f}" for cell in cells), f"{worst:.3f}"])
+        lines.append([name, *cells, f"{worst:.3f}"])
     print(aligned(lines, markdown=True))
 
 
