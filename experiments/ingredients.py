@@ -4,7 +4,8 @@
 
 Every line of the table is a run of train_registration.py; its quality.csv gives the Dice of ED's label
 carried to ES, in 3-D on each case's own grid, mean over regions and cases of Validation and of Testing (and
-its standard deviation over seeds), and the largest share of folded pixels near the heart. Runs that are in OUT/runs.csv already are not made again.
+its standard deviation over seeds), and the largest share of folded pixels near the heart. Runs that are in
+OUT/runs.csv already are not made again.
 """
 
 import argparse
