@@ -6,8 +6,8 @@
 ED's label is carried to ES by the registration in OUT and compared with the expert's, pixel by pixel within a
 few pixels of the carried label, in the cases of one split. Prints the scales of the residual and the cycle
 that make exp(-residual / a - cycle / b) the likeliest probability of being right; how often pixels are right
-by their trust (that of one guess, with the ends of the stack); and, from base to apex, how slices fare. Fit
-on cases whose ES labels the registration never saw.
+by their trust (that of one guess); from base to apex, how slices fare; and how often the outermost slice that
+shows a region at ED has lost it at ES. Fit on cases whose ES labels the registration never saw.
 """
 
 import argparse
@@ -28,8 +28,9 @@ from cardiac.slices import SliceStore
 
 
 def carried_pixels(network, cache, case, device):
-    """Columns residual, cycle (mm), trust and right (0 or 1) of a case's pixels, and rows of its slices, from
-    the base on: Dice of each region, and whether the carried RV has nothing to lie on.
+    """Columns residual, cycle (mm), trust and right (0 or 1) of a case's pixels; rows of its slices, from the
+    base on: Dice of each region, and whether the carried RV has nothing to lie on; and of its outermost
+    slices: end, region, and whether it is gone.
     """
     store = SliceStore(cache, [dataclasses.replace(case, withheld=())], device, None)
     (case,) = store.cases
@@ -43,7 +44,7 @@ def carried_pixels(network, cache, case, device):
     found, expert = found.cpu().numpy(), expert.cpu().numpy()
     shown = carried.present.nonzero().flatten().tolist()
     if not shown:
-        return pixels, []
+        return pixels, [], []
     area = (store.expert(case, case.ed) > 0).sum((1, 2)).tolist()
     if area[shown[0]] < area[shown[-1]]:
         shown.reverse()
@@ -52,7 +53,11 @@ def carried_pixels(network, cache, case, device):
         scores = [dice(found[z] == label, expert[z] == label) for label in LABELS.values()]
         rv = [(labels[z] == LABELS["RV"]).any() for labels in (found, expert)]
         slices.append([*scores, float(not rv[1]) if rv[0] else np.nan])
-    return pixels, slices
+    outermost = [
+        ("apex" if 2 * shown.index(z) > len(shown) else "base", region, not (expert[z] == region + 1).any())
+        for z, region in trust.left_behind(carried.areas).nonzero().tolist()
+    ]
+    return pixels, slices, outermost
 
 
 def likeliest_scales(residual, cycle, right):
@@ -82,7 +87,7 @@ def main():
     cases = [case for case in cache.split(words.split) if case.labelled]
     if not cases:
         raise SystemExit(f"{settings.data}: no labelled case in {words.split}; choose another --split")
-    columns, stacks = zip(*(carried_pixels(network, cache, case, device) for case in cases))
+    columns, stacks, outermost = zip(*(carried_pixels(network, cache, case, device) for case in cases))
     residual, cycle, certainty, right = np.concatenate(columns, 1).astype(float)
     print(
         f"{len(cases)} cases, {right.size} pixels near the carried labels, {100 * right.mean():.1f} % right"
@@ -101,6 +106,11 @@ def main():
         rows = np.array([stack[k] for stack in stacks if len(stack) > k], float)
         means = [np.nanmean(column) if np.isfinite(column).any() else np.nan for column in rows.T]
         lines.append([f"{k + 1}", f"{len(rows)}", *(f"{mean:.2f}" for mean in means)])
+    print(aligned(lines, markdown=True) + "\n")
+    lines = [["gone at ES from the outermost slice", *LABELS]]
+    for end, used in trust.GONE_AT_ES.items():
+        gone = [[lost for found in outermost for e, r, lost in found if (e, r) == (end, k)] for k in range(3)]
+        lines.append([end, *(f"{np.mean(each):.2f} (in use {u:.2f})" for each, u in zip(gone, used))])
     print(aligned(lines, markdown=True))
 
 
