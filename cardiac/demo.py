@@ -42,7 +42,7 @@ def main(argv):
     parser.add_argument("--seed", type=int, default=0, help="of the phantom and of training (default: 0)")
     arguments = parser.parse_args(argv)
     data, out = arguments.out / "phantom", arguments.out / "runs"
-    if not (data / "phantom.json").exists():
+    if not (data / phantom.CSV_NAME).exists():  # written last
         print(f"# python -m cardiac.phantom {data} --seed {arguments.seed}", flush=True)
         phantom.write_phantom(data, seed=arguments.seed)
     common = [

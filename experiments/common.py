@@ -1,6 +1,58 @@
-"""What the experiments share: scripts run in this process, and intervals over patients and seeds."""
+"""What the experiments share: words, jobs that are not done twice, intervals over patients."""
+
+import argparse
+from pathlib import Path
 
 import numpy as np
+
+from cardiac import phantom
+from cardiac.files import read_csv, write_csv
+
+WORDS = {
+    "seeds": "how many",
+    "folds": "how many",
+    "size": "pixels",
+    "spacing": "mm",
+    "channels": "of the U-Net's first level; they double",
+    "steps": "of each network",
+    "registration_steps": "of each registration",
+    "steps_per_epoch": "between two validations",
+}
+
+
+def arguments(doc, name, data=True, **defaults):
+    """The parser of an experiment with --out, --data (where `data`), and `defaults` for those of WORDS."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if data:
+        what = "dataset in the layout of M&Ms or ACDC"
+        parser.add_argument("--data", type=Path, required=True, help=what)
+    parser.add_argument("--out", type=Path, default=Path("experiments/runs") / name)
+    for word, default in defaults.items():
+        flag, text = f"--{word.replace('_', '-')}", f"{WORDS[word]} (default {default})"
+        parser.add_argument(flag, type=type(default), default=default, metavar="N", help=text)
+    return parser
+
+
+def results(path, columns, jobs, run):
+    """Rows of the CSV file at `path` that belong to `jobs`, mappings of the columns that name a job.
+
+    Of a job that has none yet `run(**job)` gives them, and they are written before the next one begins.
+    """
+    rows, wanted = read_csv(path) if path.exists() else [], []
+    for job in jobs:
+        name = {column: str(value) for column, value in job.items()}.items()
+        if not any(row.items() >= name for row in rows):
+            write_csv(path, columns, rows + [{**job, **row} for row in run(**job)])
+            rows = read_csv(path)
+        wanted += [row for row in rows if row.items() >= name]
+    return wanted
+
+
+def phantom_in(folder):
+    """The phantom dataset in a folder, written where there is none."""
+    if not (folder / phantom.CSV_NAME).exists():
+        phantom.write_phantom(folder)
+    return folder
 
 
 def call(script, *words):

@@ -11,19 +11,16 @@ the Dice on Testing and paired differences, with 95 % intervals over patients (a
 wall time, validations included. Other flags are those of train_segmentation.py, for all three.
 """
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 import torch
-from common import by_seed, with_interval
+from common import arguments, by_seed, results, with_interval
 from monai.networks.nets import DynUNet
 
 from cardiac import CLASSES, REGIONS, evaluation
 from cardiac.cache import open_cache
 from cardiac.checkpoint import load_network
 from cardiac.evaluation import aligned
-from cardiac.files import read_csv, write_csv
+from cardiac.files import read_csv
 from cardiac.networks import Mirrored, begin_with_background
 from cardiac.run import choose_device, run_folder
 from cardiac.settings import EvaluationSettings, SegmentationSettings, parse
@@ -85,8 +82,7 @@ def run(model, seed, words, others):
     network = Mirrored(task.network) if recipe == "strong" else task.network
     scored = evaluation.score_model(model, network, cache, cases, how, device, place / "predictions")
     parameters = sum(each.numel() for each in task.network.parameters())
-    start = {"seed": seed, "parameters": parameters, "training_seconds": seconds}
-    return [{**start, **row} for row, _ in scored]
+    return [{"parameters": parameters, "training_seconds": seconds, **row} for row, _ in scored]
 
 
 def dice_of(rows, model, region):
@@ -114,27 +110,11 @@ def print_results(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True, help="dataset in the layout of M&Ms or ACDC")
-    parser.add_argument("--out", type=Path, default=Path("experiments/runs/dynunet"))
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--size", type=int, default=112, help="pixels")
-    parser.add_argument("--spacing", type=float, default=1.5, help="mm")
-    parser.add_argument("--channels", type=int, default=16, help="of the first level; they double")
-    parser.add_argument("--steps", type=int, default=800, help="of each network")
-    parser.add_argument("--steps-per-epoch", type=int, default=100, help="between two validations")
-    words, others = parser.parse_known_args()
+    numbers = {"seeds": 1, "size": 112, "spacing": 1.5, "channels": 16, "steps": 800, "steps_per_epoch": 100}
+    words, others = arguments(__doc__, "dynunet", **numbers).parse_known_args()
+    jobs = [{"seed": seed, "model": model} for seed in range(words.seeds) for model in MODELS]
     path = words.out / "cases.csv"
-    rows = read_csv(path) if path.exists() else []
-    for seed in range(words.seeds):
-        for model in MODELS:
-            if (str(seed), model) not in {(row["seed"], row["model"]) for row in rows}:
-                rows += run(model, seed, words, others)
-                write_csv(path, COLUMNS, rows)
-                rows = read_csv(path)
-    print_results([row for row in rows if int(row["seed"]) < words.seeds])
+    print_results(results(path, COLUMNS, jobs, lambda **job: run(**job, words=words, others=others)))
 
 
 if __name__ == "__main__":

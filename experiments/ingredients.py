@@ -8,16 +8,13 @@ its standard deviation over seeds), and the largest share of folded pixels near 
 OUT/runs.csv already are not made again.
 """
 
-import argparse
-from pathlib import Path
-
 import numpy as np
-from common import call
+from common import arguments, call, results
 
 import train_registration
 from cardiac import REGIONS
 from cardiac.evaluation import aligned
-from cardiac.files import read_csv, write_csv
+from cardiac.files import read_csv
 
 COLUMNS = ("name", "seed", "split", *REGIONS, "mean", "folding_percent")
 AUGMENTED = ("--crop", "motion", "--augment", "--averaging", "0.998")
@@ -54,31 +51,19 @@ def over_seeds(values):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True, help="dataset in the layout of M&Ms or ACDC")
-    parser.add_argument("--out", type=Path, default=Path("experiments/runs/ingredients"))
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--size", type=int, default=96, help="pixels")
-    parser.add_argument("--spacing", type=float, default=1.5, help="mm")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser = arguments(__doc__, "ingredients", seeds=1, size=96, spacing=1.5, steps=2000)
     words = parser.parse_args()
-    path = words.out / "runs.csv"
-    rows = read_csv(path) if path.exists() else []
-    for seed in range(words.seeds):
-        for number, (name, more) in enumerate(RUNS.items()):
-            if (name, str(seed)) in {(row["name"], row["seed"]) for row in rows}:
-                continue
-            folder = words.out / f"seed{seed}" / str(number)
-            cache = words.out / ("cache-centre" if name == "paper" else "cache-motion")
-            common = ["--data", words.data, "--cache", cache, "--out", folder, "--seed", seed]
-            grid = ["--size", words.size, "--spacing", words.spacing, "--max-steps", words.steps]
-            call(train_registration, *common, *grid, *more)
-            found = scores(folder)
-            rows += [{"name": name, "seed": seed, "split": split, **row} for split, row in found.items()]
-            write_csv(path, COLUMNS, rows)
-            rows = read_csv(path)
+
+    def run(name, seed):
+        folder = words.out / f"seed{seed}" / str(list(RUNS).index(name))
+        cache = words.out / ("cache-centre" if name == "paper" else "cache-motion")
+        common = ["--data", words.data, "--cache", cache, "--out", folder, "--seed", seed]
+        grid = ["--size", words.size, "--spacing", words.spacing, "--max-steps", words.steps]
+        call(train_registration, *common, *grid, *RUNS[name])
+        return [{"split": split, **row} for split, row in scores(folder).items()]
+
+    jobs = [{"name": name, "seed": seed} for seed in range(words.seeds) for name in RUNS]
+    rows = results(words.out / "runs.csv", COLUMNS, jobs, run)
     lines = [
         ["registration", "Validation", *(f"Testing {name}" for name in (*REGIONS, "mean")), "folding, %"]
     ]

@@ -7,22 +7,19 @@ that are in OUT/cases.csv already are not trained again. Ends with the table, me
 seeds, and with differences of a patient's mean Dice, with 95 % intervals over patients and seeds.
 """
 
-import argparse
 import shutil
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from common import by_seed, call, with_interval
+from common import arguments, by_seed, call, phantom_in, results, with_interval
 
 import propagate_labels
 import train_registration
 import train_segmentation
-from cardiac import demo, evaluation, phantom
+from cardiac import demo, evaluation
 from cardiac.cache import open_cache
 from cardiac.checkpoint import load_network
 from cardiac.evaluation import aligned
-from cardiac.files import read_csv, write_csv
 from cardiac.networks import Mirrored, SegmentationNetwork
 from cardiac.propagation import Propagated
 from cardiac.run import choose_device
@@ -67,7 +64,7 @@ def train_and_score(model, out, common, seed, words, cache, recipe):
     settings = parse(EvaluationSettings, typed, None)
     cases = [case for case in cache.split("Testing") if case.labelled]
     scored = evaluation.score_model(model, network, cache, cases, settings, device, place / "predictions")
-    return [{"seed": seed, "recipe": recipe, **row} for row, _ in scored]
+    return [row for row, _ in scored]
 
 
 def true_labels(cache):
@@ -114,21 +111,10 @@ def print_results(rows, truth):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("experiments/runs/phantom"))
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--size", type=int, default=96, help="pixels")
-    parser.add_argument("--spacing", type=float, default=1.75, help="mm")
-    parser.add_argument("--channels", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=600, help="of each U-Net")
-    parser.add_argument("--registration-steps", type=int, default=1500)
+    numbers = {"seeds": 5, "size": 96, "spacing": 1.75, "channels": 8, "steps": 600}
+    parser = arguments(__doc__, "phantom", data=False, **numbers, registration_steps=1500)
     words = parser.parse_args()
-    data, path = words.out / "phantom", words.out / "cases.csv"
-    if not (data / "phantom.json").exists():
-        phantom.write_phantom(data)
-    rows, caches, truth = read_csv(path) if path.exists() else [], {}, {}
+    data, caches, truth = phantom_in(words.out / "phantom"), {}, {}
     common = {
         # a cache a recipe: they cut the slices in different places
         recipe: ["--data", data, "--cache", words.out / f"cache-{recipe}", "--recipe", recipe]
@@ -137,14 +123,14 @@ def main():
     for recipe in RECIPES:
         place = words.out / recipe / "registered"
         caches[recipe], truth[recipe] = register_and_propagate(place, common[recipe], words)
-    runs = [(seed, recipe, model) for seed in range(words.seeds) for recipe in RECIPES for model in MODELS]
-    for seed, recipe, model in runs:
-        if (str(seed), recipe, model) not in {(row["seed"], row["recipe"], row["model"]) for row in rows}:
-            place = words.out / recipe
-            rows += train_and_score(model, place, common[recipe], seed, words, caches[recipe], recipe)
-            write_csv(path, COLUMNS, rows)
-            rows = read_csv(path)
-    print_results([row for row in rows if int(row["seed"]) < words.seeds], truth)
+
+    def run(seed, recipe, model):
+        place = words.out / recipe
+        return train_and_score(model, place, common[recipe], seed, words, caches[recipe], recipe)
+
+    jobs = [{"seed": seed, "recipe": recipe, "model": model}
+            for seed in range(words.seeds) for recipe in RECIPES for model in MODELS]  # fmt: skip
+    print_results(results(words.out / "cases.csv", COLUMNS, jobs, run), truth)
 
 
 if __name__ == "__main__":

@@ -3,26 +3,23 @@
     python experiments/phantom_truth.py --out experiments/runs/truth --seeds 3
 
 For every seed and recipe: register, propagate, and score every slice that lies between ED and ES on its
-case's own grid. Rows that are in OUT/slices.csv already are
-not made again. Ends with two tables, of the slices that a recipe keeps and of those that both keep, mean over
-seeds (and standard deviation): Dice in 3-D; the error (1 - Dice) of the 80 % most trusted slices beside that
-of the rest; Spearman's correlation of a slice's true Dice with its confidence, its place (distance from the
-middle of the labelled slices) and the area of its label.
+case's own grid. Rows that are in OUT/slices.csv already are not made again. Ends with two tables, of the
+slices that a recipe keeps and of those that both keep, mean over seeds (and standard deviation): Dice in 3-D;
+the error (1 - Dice) of the 80 % most trusted slices beside that of the rest; Spearman's correlation of a
+slice's true Dice with its confidence, its place (distance from the middle of the labelled slices) and the
+area of its label.
 """
-
-import argparse
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from common import call
+from common import arguments, call, phantom_in, results
 from scipy.stats import spearmanr
 
 import propagate_labels
 import train_registration
-from cardiac import LABELS, REGIONS, phantom
+from cardiac import LABELS, REGIONS
 from cardiac.cache import open_cache
-from cardiac.files import read_csv, write_csv
+from cardiac.files import read_csv
 from cardiac.metrics import dice
 from cardiac.propagation import Propagated
 from cardiac.settings import PropagationSettings, parse
@@ -31,7 +28,7 @@ COLUMNS = ("seed", "recipe", "case", "frame", "slice", "kept", "confidence", "pl
            *(f"{kind}_{region}" for region in REGIONS for kind in ("both", "either")))  # fmt: skip
 
 
-def run(out, data, recipe, seed, words):
+def run(out, data, words, seed, recipe):
     """Register and propagate; the rows of slices.csv."""
     folder = out / f"seed{seed}" / recipe
     common = ["--data", data, "--cache", out / f"cache-{recipe}", "--out", folder]
@@ -40,10 +37,10 @@ def run(out, data, recipe, seed, words):
     call(train_registration, *common, *grid, *steps)
     call(propagate_labels, *common)
     settings = parse(PropagationSettings, [str(word) for word in common], None, earlier=("registration",))
-    return score(folder, open_cache(settings), {"seed": seed, "recipe": recipe})
+    return score(folder, open_cache(settings))
 
 
-def score(folder, cache, start):
+def score(folder, cache):
     """The propagated labels of a run, slice by slice, against the truth."""
     propagated, rows = Propagated.read(folder / "propagation" / "labels.h5"), []
     quality = {
@@ -59,7 +56,7 @@ def score(folder, cache, start):
             if code == case.code and row["source"]:
                 found, true = labels[..., z, frame], truth[..., z, frame]
                 pairs = {region: (found == label, true == label) for region, label in LABELS.items()}
-                line = {**start, "case": code, "frame": frame, "slice": z, "kept": row["kept"]}
+                line = {"case": code, "frame": frame, "slice": z, "kept": row["kept"]}
                 line |= {"confidence": row["confidence"], "place": abs(z - shown.mean())}
                 line |= {"area_mm2": float((found > 0).sum() * pixel)}
                 line["dice"] = float(np.nanmean([dice(*pair) for pair in pairs.values()]))
@@ -128,26 +125,12 @@ def print_table(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("experiments/runs/truth"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--size", type=int, default=112, help="pixels")
-    parser.add_argument("--spacing", type=float, default=1.4, help="mm")
-    parser.add_argument("--steps", type=int, default=1500, help="of each registration")
+    parser = arguments(__doc__, "truth", data=False, seeds=3, size=112, spacing=1.4, steps=1500)
     words = parser.parse_args()
-    data, path = words.out / "phantom", words.out / "slices.csv"
-    if not (data / "phantom.json").exists():
-        phantom.write_phantom(data)
-    rows = read_csv(path) if path.exists() else []
-    for seed in range(words.seeds):
-        for recipe in ("paper", "strong"):
-            if (str(seed), recipe) not in {(row["seed"], row["recipe"]) for row in rows}:
-                found = run(words.out, data, recipe, seed, words)
-                write_csv(path, COLUMNS, [*rows, *found])
-                rows = read_csv(path)
-    print_results(rows)
+    data = phantom_in(words.out / "phantom")
+    jobs = [{"seed": seed, "recipe": recipe} for seed in range(words.seeds) for recipe in ("paper", "strong")]
+    path = words.out / "slices.csv"
+    print_results(results(path, COLUMNS, jobs, lambda **job: run(words.out, data, words, **job)))
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ being unlabelled, without the `bound`. Finished runs are in OUT/cases.csv and ar
 Dice at ES, and paired differences with 95 % intervals over patients.
 """
 
-import argparse
 import csv
 import os
 from pathlib import Path
 
 import numpy as np
-from common import call, interval, patient_means
+from common import arguments, call, interval, patient_means, results
 
 import evaluate
 import propagate_labels
@@ -24,7 +23,7 @@ import train_registration
 import train_segmentation
 from cardiac import REGIONS, evaluation
 from cardiac.cases import read_cases
-from cardiac.files import read_csv, write_csv
+from cardiac.files import read_csv
 
 COLUMNS = ("fold", "patients", *evaluation.CASES)
 
@@ -92,31 +91,19 @@ def print_results(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True, help="dataset in the layout of M&Ms or ACDC")
-    parser.add_argument("--out", type=Path, default=Path("experiments/runs/scarce"))
-    parser.add_argument("--folds", type=int, default=5)
+    numbers = {"folds": 5, "size": 96, "spacing": 1.6, "channels": 16, "steps": 500}
+    parser = arguments(__doc__, "scarce", **numbers, registration_steps=1000)
     parser.add_argument("--patients", nargs="+", default=["all"], help="labelled ones: all or a number")
     parser.add_argument("--recipe", default="strong", choices=("paper", "strong"))
-    parser.add_argument("--size", type=int, default=96, help="pixels")
-    parser.add_argument("--spacing", type=float, default=1.6, help="mm")
-    parser.add_argument("--channels", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=500, help="of each U-Net")
-    parser.add_argument("--registration-steps", type=int, default=1000)
     words = parser.parse_args()
-    path = words.out / "cases.csv"
-    rows = read_csv(path) if path.exists() else []
-    for fold in range(words.folds):
-        for patients in words.patients:
-            if (str(fold), patients) in {(row["fold"], row["patients"]) for row in rows}:
-                continue
-            place = words.out / f"fold{fold}"
-            data = write_fold(words.data, place / "data", fold, words.folds)
-            found = run(data, place / patients, patients, words)
-            rows += [{"fold": str(fold), "patients": patients, **row} for row in found]
-            write_csv(path, COLUMNS, rows)
+
+    def train(fold, patients):
+        place = words.out / f"fold{fold}"
+        data = write_fold(words.data, place / "data", fold, words.folds)
+        return run(data, place / patients, patients, words)
+
+    jobs = [{"fold": fold, "patients": n} for fold in range(words.folds) for n in words.patients]
+    rows = results(words.out / "cases.csv", COLUMNS, jobs, train)
     print_results(rows)
 
 

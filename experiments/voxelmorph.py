@@ -18,7 +18,6 @@ the scoring. Score: ED's label carried to ES against the expert's, Dice in 3-D o
 Stopped, the same command goes on from the last scoring. Other flags are those of train_registration.py.
 """
 
-import argparse
 import dataclasses
 import importlib.metadata
 import inspect
@@ -26,10 +25,10 @@ import sys
 import time
 import types
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
+from common import arguments
 from scipy.ndimage import distance_transform_edt
 
 from cardiac import LABELS, REGIONS
@@ -207,13 +206,7 @@ def print_table(entrants, until=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", required=True, help="dataset in the layout of M&Ms or ACDC")
-    parser.add_argument("--out", type=Path, default=Path("experiments/runs/voxelmorph"))
-    parser.add_argument("--size", type=int, default=96, help="pixels")
-    parser.add_argument("--spacing", type=float, default=1.5, help="mm")
+    parser = arguments(__doc__, "voxelmorph", size=96, spacing=1.5)
     parser.add_argument("--lrs", type=float, nargs="+", default=[3e-4, 1e-3], help="learning rates")
     parser.add_argument("--sweep-steps", type=int, default=600, help="of each contestant and learning rate")
     parser.add_argument("--steps", type=int, default=3000, help="of the slowest contestant")
@@ -226,7 +219,7 @@ def main():
     warnings.filterwarnings("ignore", "torch.meshgrid")  # VoxelMorph's
 
     grid = ["--size", str(words.size), "--spacing", str(words.spacing), "--recipe", "strong"]
-    common = ["--data", words.data, "--out", str(words.out), "--cache", str(words.out / "cache")]
+    common = ["--data", str(words.data), "--out", str(words.out), "--cache", str(words.out / "cache")]
     settings = parse(RegistrationSettings, [*common, *grid, *others], None, own=("contest",))
     cache, device = open_cache(settings), torch.device("cpu")
     training, validation, _ = cache.training_and_validation(settings.seed)
