@@ -150,7 +150,6 @@ class Carried:
 
     regions: torch.Tensor  # (F, Z, 3, S, S) soft shares of LV, MYO, RV
     residual: torch.Tensor  # (F, Z, S, S) what is left of the images' difference, over 5 x 5 pixels
-    cycle: torch.Tensor  # (F, Z, S, S) mm by which the way there and back misses
     confidence: torch.Tensor  # (F, Z) Dice of the label with itself after the way there and back
     folding: torch.Tensor  # (F, Z) percent of det J <= 0 near the heart
     areas: torch.Tensor  # (Z, 3) pixels of each region in the source
@@ -178,7 +177,6 @@ def carry(network, store, source, frames):
     carried = harden(regions)
     back = register(network, fixed, moving, carried)
     cycled = one_hot(warp_labels(labels, compose(forth, back)))  # one interpolation: two would erode
-    cycle = compose(back, forth).norm(dim=1) * store.cache.spacing
     areas = origin.sum((-2, -1))
     agreement = 2 * (cycled * origin).sum((-2, -1)) / (areas + cycled.sum((-2, -1))).clamp(min=1)
     shown = areas > 0  # regions
@@ -189,7 +187,7 @@ def carry(network, store, source, frames):
     folding = 100 * folded.sum((-2, -1)) / near.sum((-2, -1))
     folding = torch.where(shown.any(1), folding, torch.nan)
     shape = (count, case.slices)
-    parts = (part.unflatten(0, shape) for part in (regions, residual, cycle, confidence, folding))
+    parts = (part.unflatten(0, shape) for part in (regions, residual, confidence, folding))
     return Carried(*parts, areas[: case.slices])
 
 
@@ -232,7 +230,7 @@ def propagate_interval(network, store, start, end, frames, trusted):
     else:
         ((phase, only),) = carried.items()
         labels, confidence = harden(only.regions), only.confidence
-        certainty = torch.ones_like(only.cycle)
+        certainty = torch.ones_like(only.residual)
         sourced = only.present.expand(len(frames), -1)
         sources = {phase: sourced}
     confidence, folding = (

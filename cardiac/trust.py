@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from cardiac import LABELS
 from cardiac.losses import one_hot
 
-RULES = 3  # labels.h5 that older rules made is made again
-# `experiments/trust_scales.py` compares them with how often carried pixels are right; `exp(-x / scale)` each.
-RESIDUAL = 0.5  # image difference that is left, of the case's intensity window
-CYCLE_MM = 50.0  # distance by which the way there and back misses
+RULES = 4  # labels.h5 that older rules made is made again
+# Image difference, of the case's intensity window, at which a label is right e times less often than where
+# there is none; `experiments/trust_scales.py` finds the likeliest.
+RESIDUAL = 1.5
 FOLDING_PERCENT = 0.5  # of the pixels near the heart: more, and a slice is dropped
 OPEN_SHARE = 0.05  # of the LV's border that may touch what is not myocardium and still count as enclosed
 WALL_CHANGE, LV_CHANGE = 0.15, 0.15  # of the area: off its interpolation, off its neighbours in time
@@ -37,8 +37,8 @@ def fuse(carried, nearness):
     chance that the heart's shortening has drawn it out of the slice (`left_behind`): where that is likelier
     than not, they become background.
 
-    A pixel's trust is the share of its label among the guesses, times how well they fit: the image that is
-    left, the cycle's miss, and the Dice of the slice's label with itself after it.
+    A pixel's trust is the share of its label among the guesses, times how well they fit: the image difference
+    that is left, and the Dice of the slice's label with itself after the way there and back.
     """
     sources = {phase: each.present.expand(len(each.regions), -1) for phase, each in carried.items()}
     nearer_half = {phase: (nearness[phase] >= 0.5)[:, None] for phase in carried}
@@ -52,7 +52,7 @@ def fuse(carried, nearness):
         shares["ED"] = shares["ED"] * (1 - gone)[..., None, None]
     weights, fits = {}, {}
     for phase, each in carried.items():
-        fit = torch.exp(-each.residual / RESIDUAL - each.cycle / CYCLE_MM)
+        fit = torch.exp(-each.residual / RESIDUAL)
         fits[phase] = fit * each.confidence.nan_to_num()[..., None, None]
         near = sources[phase] * nearness[phase][:, None].clamp(min=0.01)
         weights[phase] = near[..., None, None] * fits[phase].clamp(min=1e-6)

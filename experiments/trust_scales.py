@@ -4,10 +4,10 @@
     python experiments/trust_scales.py --data ACDC --out runs/ed
 
 ED's label is carried to ES by the registration in OUT and compared with the expert's, pixel by pixel within a
-few pixels of the carried label, in the cases of one split. Prints the scales of the residual and the cycle
-that make exp(-residual / a - cycle / b) the likeliest probability of being right; how often pixels are right
-by their trust (that of one guess); from base to apex, how slices fare; and how often the outermost slice that
-shows a region at ED has lost it at ES. Fit on cases whose ES labels the registration never saw.
+few pixels of the carried label, in the cases of one split. Prints the scale of the image difference that
+makes trust the likeliest probability of being right; how often pixels are right by their trust; from base to
+apex, how slices fare; and how often the outermost slice that shows a region at ED has lost it at ES. Fit on
+cases whose ES labels the registration never saw.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
+from scipy.optimize import minimize_scalar
 
 from cardiac import LABELS, propagation, trust
 from cardiac.cache import open_cache
@@ -28,18 +28,18 @@ from cardiac.slices import SliceStore
 
 
 def carried_pixels(network, cache, case, device):
-    """Columns residual, cycle (mm), trust and right (0 or 1) of a case's pixels; rows of its slices, from the
+    """Columns residual, trust and right (0 or 1) of a case's pixels; rows of its slices, from the
     base on: Dice of each region, and whether the carried RV has nothing to lie on; and of its outermost
     slices: end, region, and whether it is gone.
     """
     store = SliceStore(cache, [dataclasses.replace(case, withheld=())], device, None)
     (case,) = store.cases
     carried = propagation.carry(network, store, case.ed, [case.es])
-    _, certainty, _ = trust.fuse({"ED": carried}, {"ED": torch.ones(1, device=device)})
-    found, expert = propagation.harden(carried.regions)[0], store.expert(case, case.es)
+    regions, certainty, _ = trust.fuse({"ED": carried}, {"ED": torch.zeros(1, device=device)})
+    found, expert = propagation.harden(regions)[0], store.expert(case, case.es)
     near = trust.local_mean((carried.regions[0].sum(1) > 0.05).float()) > 0
     near &= carried.present[:, None, None]
-    columns = (carried.residual[0], carried.cycle[0], certainty[0], (found == expert).float())
+    columns = (carried.residual[0], certainty[0], (found == expert).float())
     pixels = torch.stack([column[near] for column in columns]).cpu().numpy()
     found, expert = found.cpu().numpy(), expert.cpu().numpy()
     shown = carried.present.nonzero().flatten().tolist()
@@ -60,16 +60,15 @@ def carried_pixels(network, cache, case, device):
     return pixels, slices, outermost
 
 
-def likeliest_scales(residual, cycle, right):
-    """Scales (a, b) that make `right` likeliest, its probability being exp(-residual / a - cycle / b)."""
+def likeliest_scale(residual, certainty, right):
+    """The scale of the residual that makes `right` likeliest, its probability being trust as it would be."""
+    rest = certainty * np.exp(residual / trust.RESIDUAL)
 
-    def surprise(logarithms):
-        one, other = np.exp(logarithms)
-        log_p = -residual / one - cycle / other
+    def surprise(scale):
+        log_p = np.log(rest.clip(1e-6)) - residual / scale
         return -np.where(right > 0, log_p, np.log(-np.expm1(np.minimum(log_p, -1e-6)))).mean()
 
-    start = np.log([trust.RESIDUAL, trust.CYCLE_MM])
-    return np.exp(minimize(surprise, start, method="Nelder-Mead").x)
+    return minimize_scalar(surprise, bounds=(0.1, 10), method="bounded").x
 
 
 def main():
@@ -88,13 +87,12 @@ def main():
     if not cases:
         raise SystemExit(f"{settings.data}: no labelled case in {words.split}; choose another --split")
     columns, stacks, outermost = zip(*(carried_pixels(network, cache, case, device) for case in cases))
-    residual, cycle, certainty, right = np.concatenate(columns, 1).astype(float)
+    residual, certainty, right = np.concatenate(columns, 1).astype(float)
     print(
         f"{len(cases)} cases, {right.size} pixels near the carried labels, {100 * right.mean():.1f} % right"
     )
-    one, other = likeliest_scales(residual, cycle, right)
-    used = f"in use {trust.RESIDUAL}, {trust.CYCLE_MM:.0f} mm"
-    print(f"likeliest scales: residual {one:.2f}, cycle {other:.0f} mm; {used}")
+    scale = likeliest_scale(residual, certainty, right)
+    print(f"likeliest scale of the residual: {scale:.2f}; in use {trust.RESIDUAL}")
     edges = np.quantile(certainty, np.linspace(0, 1, 6))
     fifth = np.searchsorted(edges[1:-1], certainty)
     lines = [["fifth of the pixels, by trust", "mean trust", "right"]]

@@ -16,13 +16,13 @@ def ring(inner=6.0, outer=10.0, centre=(20.0, 20.0)):
     return torch.where(r < inner, 1, torch.where(r < outer, 2, 0)).to(torch.uint8)
 
 
-def carried(labels, residual=0.0, cycle=0.0, present=(True,)):
+def carried(labels, residual=0.0, present=(True,)):
     """What `carry` would give of labels (F, Z, S, S)."""
     regions = torch.stack([labels == k for k in (1, 2, 3)], 2).float()
     flat = torch.ones(labels.shape)
     confidence = torch.where(torch.tensor(present), 1.0, torch.nan).expand(labels.shape[:2])
     areas = regions[0].sum((-2, -1)) * torch.tensor(present)[:, None]
-    return Carried(regions, residual * flat, cycle * flat, confidence, torch.zeros(labels.shape[:2]), areas)
+    return Carried(regions, residual * flat, confidence, torch.zeros(labels.shape[:2]), areas)
 
 
 def fuse(ed, es, elapsed):
@@ -49,11 +49,9 @@ def test_two_phases_that_agree_are_trusted_and_where_they_do_not_the_nearer_one_
         assert torch.allclose(certainty[0, 0][small == large], torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("what", ["residual", "cycle"])
-def test_an_image_that_does_not_fit_and_a_way_back_that_misses_cost_trust_and_weight(what):
+def test_an_image_that_does_not_fit_costs_trust_and_weight():
     small, large = ring(6), ring(8)
-    scale = {"residual": trust.RESIDUAL, "cycle": trust.CYCLE_MM}[what]
-    bad = carried(frames(small), **{what: 3 * scale})
+    bad = carried(frames(small), residual=3 * trust.RESIDUAL)
     regions, _, _ = fuse(bad, carried(frames(large)), [0.5])
     assert torch.equal(regions[0, 0, 0] > 0.5, large == 1), "the one that fits decides"
     _, certainty, _ = fuse(bad, bad, [0.5])
