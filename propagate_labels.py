@@ -113,7 +113,7 @@ def propagate_case(network, cache, case, settings, device):
 
 def on_own_grid(cache, case, propagated):
     """Labels (X, Y, Z, T) uint8 of a case: expert at ED and ES, propagated between, 0 elsewhere."""
-    labels = np.zeros(case.shape, np.uint8)
+    labels = np.zeros(case.shape, np.uint8, order="F")
     grid = case.grid(cache)
     for frame, slices in propagated.of(case).items():
         slices = np.where(slices == IGNORED, 0, slices)

@@ -64,7 +64,7 @@ def evaluating(folder, rounds):
     network = networks.SegmentationNetwork(32).to(DEVICE, memory_format=torch.channels_last).eval()
     store = evaluation.SliceStore(cache, [case], DEVICE)
     labels = load_labels(case)
-    prediction = np.zeros(case.shape, np.uint8)
+    prediction = np.zeros(case.shape, np.uint8, order="F")
     for frame, label in labels.items():
         prediction[..., frame] = np.roll(label, 2, 0)  # a good one: of noise it would be none
     grid, slices = case.grid(cache), torch.rand(case.slices, 4, 192, 192).softmax(1)

@@ -50,7 +50,7 @@ def predict(network, store, frames):
     Z)}.
     """
     (case,) = store.cases
-    labels, softmax = np.zeros(case.shape, np.uint8), {}
+    labels, softmax = np.zeros(case.shape, np.uint8, order="F"), {}  # as NIfTI has it
     for frame in frames:
         slices = store.frame(case, frame)
         regions = regions_on_own_grid(network, slices, case.grid(store.cache))

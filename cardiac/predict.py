@@ -104,7 +104,7 @@ def predict_scan(folder, file, network, settings, device):
     image = image.reshape(*image.shape[:3], -1)
     slices, grid = to_slices(image, spacing, settings.size, settings.spacing, settings.crop)
     slices = torch.from_numpy(slices).unflatten(0, (image.shape[3], image.shape[2]))
-    labels = np.zeros(image.shape, np.uint8)
+    labels = np.zeros(image.shape, np.uint8, order="F")
     for frame, planes in enumerate(slices):
         prediction = most_likely(regions_on_own_grid(network, planes[:, None].to(device).float(), grid))
         labels[..., frame] = largest_component(prediction) if settings.largest_component else prediction
