@@ -49,14 +49,15 @@ def build(folder, rounds, cases, workers):
             gzip.decompress(path.read_bytes())
 
     # the clock of this process does not know of its workers' time
-    times = in_turn({"ours": ours, "nibabel": nibabel, "unpack": unpack}, rounds, wall=workers > 1)
+    contestants = {"ours": ours, "nibabel": nibabel} | ({"unpacking": unpack} if workers == 1 else {})
+    times = in_turn(contestants, rounds, wall=workers > 1)
     where = "" if workers == 1 else f", in {workers} processes, on the wall"
-    unpacking = [ratio("unpacking alone / reading", times["unpack"], times["nibabel"])]
+    more = [ratio(f"{name} alone / reading", times[name], times["nibabel"]) for name in list(times)[2:]]
     return [
         Row(f"building the cache, a case{where}", list(times["ours"] / cases), "s"),
         Row(f"reading the files with nibabel, a case{where}", list(times["nibabel"] / cases), "s"),
         ratio(f"building / reading{where}", times["ours"], times["nibabel"], at_most=1.3),
-        *(unpacking if workers == 1 else []),
+        *more,
     ]
 
 

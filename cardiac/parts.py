@@ -63,10 +63,10 @@ def write_part(path, result):
     arrays = {name: value for name, value in result.items() if isinstance(value, np.ndarray)}
     values = {name: value for name, value in result.items() if name not in arrays}
     kinds = {name: (array.dtype.str, array.shape) for name, array in arrays.items()}
-    with replacing(path) as temporary, open(temporary, "wb", buffering=0) as file:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(json.dumps([values, kinds]).encode() + b"\n")
         for array in arrays.values():  # no copy: a case of the cache is 18 MB
-            np.ascontiguousarray(array).tofile(file)
+            file.write(np.ascontiguousarray(array))
 
 
 def read_part(path):

@@ -152,12 +152,12 @@ class Carried:
     residual: torch.Tensor  # (F, Z, S, S) what is left of the images' difference, over 5 x 5 pixels
     confidence: torch.Tensor  # (F, Z) Dice of the label with itself after the way there and back
     folding: torch.Tensor  # (F, Z) percent of det J <= 0 near the heart
-    areas: torch.Tensor  # (Z, 3) pixels of each region in the source
+    pixels: torch.Tensor  # (Z, 3) of each region in the source
 
     @property
     def present(self):
         """(Z,) slices with a label; without, confidence and folding are NaN."""
-        return (self.areas > 0).any(1)
+        return (self.pixels > 0).any(1)
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ def fuse(carried, nearness):
     explained by that phase's image than by the other's, which shows what lies beyond the base; and it has
     less trust the later. Where ES is not known, a region's share in its outermost slices shrinks with the
     chance that the heart's shortening has drawn it out of the slice (`left_behind`): where that is likelier
-    than not, they become background.
+    than not, they become background; a slice that shows nothing else has no label left (`faults`).
 
     A pixel's trust is the share of its label among the guesses, times how well they fit: the image difference
     that is left, and the Dice of the slice's label with itself after the way there and back.
@@ -48,7 +48,7 @@ def fuse(carried, nearness):
             sources[phase] = carried[phase].present & (carried[rest].present | alone)
     shares = {phase: each.regions for phase, each in carried.items()}
     if len(carried) == 1 and "ED" in carried:
-        gone = left_behind(carried["ED"].areas) * (1 - nearness["ED"])[:, None, None]
+        gone = left_behind(carried["ED"].pixels) * (1 - nearness["ED"])[:, None, None]
         shares["ED"] = shares["ED"] * (1 - gone)[..., None, None]
     weights, fits = {}, {}
     for phase, each in carried.items():
@@ -67,24 +67,24 @@ def fuse(carried, nearness):
     return regions, trust, sources
 
 
-def left_behind(areas):
-    """The chance (Z, 3) that a slice that shows a region at ED has lost it at ES, of areas (Z, 3) at ED.
+def left_behind(pixels):
+    """The chance (Z, 3) that a slice that shows a region at ED has lost it at ES, of their pixels (Z, 3).
 
-    The base, where the label is larger, descends by one to two slices, and the apex of the cavities closes.
-    Regions of one or two slices are left alone: of a short stack nothing would remain.
+    The base, the half of the stack where the label is larger, descends by one to two slices, and the apex of
+    the cavities closes. Regions of one or two slices are left alone: of a short stack nothing would remain.
     """
-    total, gone = areas.sum(1), torch.zeros_like(areas)
-    labelled = total.nonzero().flatten().tolist()
-    if not labelled:
-        return gone
-    base_first = total[labelled[0]] >= total[labelled[-1]]
+    counts = pixels.tolist()
+    total = [sum(row) for row in counts if any(row)]
+    half = len(total) // 2
+    base_first = sum(total[:half]) >= sum(total[len(total) - half :])
     ends = ("base", "apex") if base_first else ("apex", "base")
-    for region, area in enumerate(areas.T):
-        slices = area.nonzero().flatten().tolist()
+    gone = torch.zeros(pixels.shape)
+    for region, column in enumerate(zip(*counts)):
+        slices = [z for z, count in enumerate(column) if count]
         if len(slices) > 2:
             for end, z in zip(ends, (slices[0], slices[-1])):
                 gone[z, region] = GONE_AT_ES[end][region]
-    return gone
+    return gone.to(pixels.device)
 
 
 def _shown(own, other):

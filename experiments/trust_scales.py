@@ -45,18 +45,18 @@ def carried_pixels(network, cache, case, device):
     shown = carried.present.nonzero().flatten().tolist()
     if not shown:
         return pixels, [], []
-    area = (store.expert(case, case.ed) > 0).sum((1, 2)).tolist()
-    if area[shown[0]] < area[shown[-1]]:
+    area, half = carried.pixels.sum(1)[shown], len(shown) // 2
+    if area[:half].sum() < area[len(shown) - half :].sum():
         shown.reverse()
     slices = []
     for z in shown:
         scores = [dice(found[z] == label, expert[z] == label) for label in LABELS.values()]
         rv = [(labels[z] == LABELS["RV"]).any() for labels in (found, expert)]
         slices.append([*scores, float(not rv[1]) if rv[0] else np.nan])
-    outermost = [
-        ("apex" if 2 * shown.index(z) > len(shown) else "base", region, not (expert[z] == region + 1).any())
-        for z, region in trust.left_behind(carried.areas).nonzero().tolist()
-    ]
+    outermost = []
+    for z, region in trust.left_behind(carried.pixels).nonzero().tolist():
+        first = next(each for each in shown if carried.pixels[each, region])
+        outermost.append(("base" if z == first else "apex", region, not (expert[z] == region + 1).any()))
     return pixels, slices, outermost
 
 

@@ -364,6 +364,8 @@ WRITERS = {
     "cine.gif": write_gif,
     "cases.csv": lambda path: files.write_csv(path, ["case"], [{"case": "A0"}] * 2000),
     "MnM.h5": None,
+    "A0-part": lambda path: write_part(path, {"labels": np.arange(4500, dtype=np.uint8)}),
+    "A0-scores": lambda path: write_part(path, {"scores": "0" * 4100}),
 }
 
 

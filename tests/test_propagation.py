@@ -150,6 +150,14 @@ def test_a_field_that_does_nothing_is_fully_trusted_and_one_that_is_not_undone_i
     assert (wrong >= 0).all()
 
 
+def test_dilation_reaches_so_many_pixels_to_every_side():
+    masks = torch.rand(3, 20, 24, generator=torch.Generator().manual_seed(0)) > 0.98
+    for pixels in (0, 1, 3.4):
+        width = 2 * round(pixels) + 1
+        expected = torch.nn.functional.max_pool2d(masks[:, None].float(), width, 1, width // 2)[:, 0] > 0
+        assert torch.equal(propagation._dilate(masks, pixels), expected)
+
+
 @pytest.mark.parametrize(("size", "expected"), [(SIDE, 100), (3, 0)])
 def test_folding_counts_near_the_heart_alone(swinging, monkeypatch, size, expected):
     displacement = torch.zeros(3, 2, SIDE, SIDE)

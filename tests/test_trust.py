@@ -149,6 +149,23 @@ def test_es_alone_and_short_stacks_keep_what_they_show():
         assert sources[phase].all()
 
 
+def test_regions_of_two_slices_and_what_two_phases_know_do_not_shrink():
+    labels = heart(rv_from=2)  # an RV of two slices in a stack of five
+    gone = trust.left_behind(torch.stack([(labels == k).sum((1, 2)) for k in (1, 2, 3)], 1))
+    assert (gone[:, 2] == 0).all()
+    assert (gone[[0, 4], :2] > 0).all()
+    known = carried(heart().expand(1, -1, -1, -1), present=(True,) * 5)
+    regions, _, _ = fuse(known, known, [0.9])
+    assert torch.allclose(regions, known.regions)
+
+
+def test_a_small_slice_beyond_the_base_does_not_turn_the_stack_round():
+    pixels = torch.tensor([[0, 0, 60], [90, 150, 150], [80, 140, 120], [60, 110, 80], [20, 70, 0]])
+    gone = trust.left_behind(pixels)
+    assert gone[0, 2].item() == pytest.approx(trust.GONE_AT_ES["base"][2])
+    assert gone[3, 2].item() == pytest.approx(trust.GONE_AT_ES["apex"][2])
+
+
 def test_enclosed():
     whole, opened = ring(), ring()
     opened[20:, 20:][opened[20:, 20:] == 2] = 0  # a quarter of the wall is missing
