@@ -68,7 +68,7 @@ def evaluating(folder, rounds):
     for frame, label in labels.items():
         prediction[..., frame] = np.roll(label, 2, 0)  # a good one: of noise it would be none
     grid, slices = case.grid(cache), torch.rand(case.slices, 4, 192, 192).softmax(1)
-    soft = np.stack([label == k for k in range(4) for label in [labels[case.ed]]]).astype(np.float32)
+    soft = np.stack([labels[case.ed] == k for k in range(4)]).astype(np.float32)
     times = in_turn({
         "network": lambda: [networks.segment(network, store.frame(store.cases[0], t)) for t in labels],
         "grid": lambda: [grid.from_slices(slices[:, 1:].transpose(0, 1).numpy()) for _ in labels],

@@ -4,11 +4,11 @@ Cine MRI has 20 to 30 frames a heartbeat and expert labels on two of them. A net
 frames of one patient; its displacement fields carry the labels to the frames between; a U-Net learns from
 both.
 
-The modules, in the order in which the data meets them: `nifti`, `cases` (what lies on disk), `preprocessing`,
-`cache` (slices of one size and spacing in one HDF5 file), `slices` (batches on the device), `warp`,
-`networks`, `losses` (the method), `training` (the loop), `propagation` and `trust` (labels through time),
-`metrics`, `evaluation` and `report`.
-`phantom` and `demo` make a dataset with a known truth and run everything on it.
+The modules, in the order in which the data meets them: `nifti`, `cases`, `layouts` (what lies on disk),
+`preprocessing`, `cache` (slices of one size and spacing in one HDF5 file), `slices` (batches on the device),
+`warp`, `networks`, `losses` (the method), `checkpoint` and `training` (the loop), `propagation` and `trust`
+(labels through time), `metrics`, `evaluation` and `report`. `heart`, `phantom` and `demo` make a dataset with
+a known truth and run everything on it.
 """
 
 LABELS = {"LV": 1, "MYO": 2, "RV": 3}  # M&Ms order: left ventricular cavity, myocardium, right ventricle

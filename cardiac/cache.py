@@ -19,8 +19,9 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from cardiac.cases import Case, load_case, read_cases, refusal
+from cardiac.cases import Case, load_case, refusal
 from cardiac.files import InputError, hdf5_dataset, locked, writing_hdf5
+from cardiac.layouts import read_cases
 from cardiac.parts import PARTS, Parts
 from cardiac.preprocessing import Grid, to_slices
 from cardiac.workers import worker_pool

@@ -1,40 +1,23 @@
-"""What lies on disk: the cases of an M&Ms or ACDC dataset, checked before anything long is started.
+"""A case of a dataset: what is known of it by its header, and its voxels, checked.
 
-`read_cases` looks at paths, tables and NIfTI headers only, a millisecond a case; `load_case` at the voxels.
 What is wrong with a case becomes one line: the case, the file, the fault and, where it helps, what to do.
-
-The datasets differ in three ways, which only `_mms_case` and `_acdc_case` know:
-
-    M&Ms   CODE_sa.nii.gz, one 4-D label file   ED and ES in one table, zero-based     1 LV, 2 MYO, 3 RV
-    ACDC   CODE_4d.nii.gz, a 3-D file a frame   ED and ES in Info.cfg, one-based       1 RV, 2 MYO, 3 LV
 """
 
-import collections
-import csv
-import math
 import os
-import re
 import shlex
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from cardiac import LABELS
-from cardiac.files import InputError, fault, shown
-from cardiac.nifti import read_header, read_image, read_label_values, spacing_of, times
+from cardiac.files import InputError, fault, joined
+from cardiac.nifti import read_image, read_label_values
 
 SPLITS = ("Training", "Validation", "Testing")
 VENDORS = {"A": "Siemens", "B": "Philips", "C": "GE", "D": "Canon"}
 
 LV, MYO, RV = LABELS.values()
-MMS_ORDER, ACDC_ORDER = (0, LV, MYO, RV), (0, RV, MYO, LV)  # our label of each value in their files
-UNLABELLED = "training/unlabeled"
-MMS_PLACES = ("training/labeled", UNLABELLED, "validation", "testing")  # folders of cases, in any case
-ACDC_PLACES = ("training", "testing")
-
-CODE = re.compile(r"[\w-][\w.-]{0,99}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -91,27 +74,6 @@ def refusal(problems, root):
     )
 
 
-def read_cases(root):
-    """The `Dataset` in folder `root`, by its headers; InputError where there is none."""
-    base = _find_base(Path(root))
-    tables = [path for path in _listing(base) if path.name.lower().endswith("opendataset.csv")]
-    if len(tables) > 1:
-        names = _join(shown(table.name) for table in tables)
-        raise fault(base, f"{len(tables)} files match *opendataset.csv ({names}); keep one of them")
-    patients = [pair for pair in _case_folders(base, ACDC_PLACES) if "patient" in pair[1].name.lower()]
-    if tables:
-        kind, (cases, problems, warnings) = "M&Ms", _read_mms(base, tables[0])
-    elif patients:
-        kind, (cases, problems), warnings = "ACDC", _read_all(patients, partial(_acdc_case, base)), []
-    else:
-        what = "no table *opendataset.csv (M&Ms) and no folders training/patient001 (ACDC) in it"
-        raise fault(base, f"{what}; copy the table of the download there")
-    if not cases and not problems:
-        raise fault(base, "no folders of cases in it; give --data the folder that holds Training")
-    cases = sorted(cases, key=lambda case: (SPLITS.index(case.split), case.code))
-    return Dataset(base, Path(root).resolve().name, kind, tuple(cases), tuple(problems), tuple(warnings))
-
-
 def load_case(case):
     """Read the voxels of a case.
 
@@ -123,11 +85,11 @@ def load_case(case):
         image, labels, warnings = read_image(case.image), load_labels(case), []
         flat = [t for t in range(case.shape[3]) if image[..., t].min() == image[..., t].max()]
         if any(t in flat for t in labels):
-            raise fault(case.image, f"constant in frame {_join(flat)}, which has labels; download it again")
+            raise fault(case.image, f"constant in frame {joined(flat)}, which has labels; download it again")
     except InputError as error:
         raise InputError(f"{case.code}: {error}") from error
     if flat:
-        warnings.append(f"{case.code}: image is constant in frame {_join(flat)}")
+        warnings.append(f"{case.code}: image is constant in frame {joined(flat)}")
     if _looks_swapped(labels.values()):
         warnings.append(f"{case.code}: LV and RV look swapped: the myocardium encloses label 3, not label 1")
     return image, labels, warnings
@@ -148,8 +110,8 @@ def load_labels(case):
     present = [t for t, label in labels.items() if label.any()]
     if set(present) != {case.ed, case.es}:
         empty = [phase for phase, t in (("ED", case.ed), ("ES", case.es)) if t not in present]
-        what = f"ground truth is empty at {_join(empty, ' and ')}" if empty else "label in the wrong frame"
-        where = f"frame {_join(present)}" if present else "no frame"
+        what = f"ground truth is empty at {joined(empty, ' and ')}" if empty else "label in the wrong frame"
+        where = f"frame {joined(present)}" if present else "no frame"
         what += f": labels in {where}, but ED is {case.ed} and ES {case.es} (from 0); mend either"
         raise fault(case.labels[0], what)
     order = np.array(case.label_order, np.uint8)
@@ -166,196 +128,3 @@ def _looks_swapped(labels):
     np.fill_diagonal(beside, 0)
     enclosed = beside[:, MYO] / beside.sum(axis=1).clip(1)
     return enclosed[RV] > enclosed[LV] > 0
-
-
-# ------------------------------------------------------------------------------------------------- folders
-
-
-def _join(values, comma=", "):
-    return comma.join(str(value) for value in values)
-
-
-def _listing(folder):
-    """What lies in a folder, sorted, hidden files (such as macOS's ._ files) left out."""
-    try:
-        return sorted(path for path in Path(folder).iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise fault(folder, f"not readable as a folder ({error.strerror})") from error
-
-
-def _find_base(root):
-    """The folder that holds Training, Validation or Testing: `root`, or the one folder in it that does."""
-    if not root.is_dir():
-        raise fault(root, "no such folder; give --data the folder that holds Training")
-    for folders in ([root], [path for path in _listing(root) if path.is_dir()]):
-        bases = [f for f in folders if any(p.name.title() in SPLITS and p.is_dir() for p in _listing(f))]
-        if len(bases) > 1:
-            raise fault(root, f"give --data one of its datasets: {_join(shown(b.name) for b in bases)}")
-        if bases:
-            return bases[0]
-    raise fault(root, "no folder Training, Validation or Testing in it; give --data the one above them")
-
-
-def _case_folders(base, places):
-    """[(place, case folder)] for places such as "training/labeled", spelt in any case on disk."""
-    found = []
-    for place in places:
-        folders = [base]
-        for name in place.split("/"):
-            folders = [p for f in folders for p in _listing(f) if p.name.lower() == name and p.is_dir()]
-        found += [(place, path) for folder in folders for path in _listing(folder) if path.is_dir()]
-    return found
-
-
-def _read_all(folders, read):
-    """(cases, problems): `read(place, folder)` of each (place, folder), or the line that says why not."""
-    cases, problems = [], {}
-    places = collections.defaultdict(list)
-    for place, folder in folders:
-        places[folder.name.lower()].append(place)
-    for place, folder in folders:
-        try:
-            if len(places[folder.name.lower()]) > 1:
-                raise InputError(f"duplicate case, in {' and '.join(places[folder.name.lower()])}; keep one")
-            cases.append(read(place, folder))
-        except InputError as error:
-            problems[f"{shown(folder.name)}: {error}"] = None  # a dict: a duplicate is said once, in order
-    return cases, list(problems)
-
-
-def _find_file(folder, stem):
-    """The file STEM.nii.gz or STEM.nii in a folder, spelt in any case."""
-    names = {path.name.lower(): path for path in _listing(folder)}
-    for suffix in (".nii.gz", ".nii"):
-        if path := names.get(f"{stem}{suffix}".lower()):
-            return path
-    raise fault(folder / f"{stem}.nii.gz", "no such file; download it again")
-
-
-def _check_label_shape(path, shape):
-    found = read_header(path, (len(shape),)).get_data_shape()
-    if found != shape:
-        raise fault(path, f"labels of shape {times(found)}, the image has {times(shape)}")
-
-
-def _phases(ed, es, frames, first):
-    """Zero-based (ED, ES) from two cells of a table that counts frames from `first`."""
-    phases = []
-    for phase, text in (("ED", ed), ("ES", es)):
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (value.is_integer() and first <= value < first + frames):
-            what = ascii(text)[:80] if text else "empty"
-            raise InputError(f"{phase} is {what}, not a frame from {first} to {first + frames - 1}")
-        phases.append(int(value) - first)
-    if phases[0] == phases[1]:
-        raise InputError(f"ED and ES are the same frame, {int(value)}")
-    return phases
-
-
-# ------------------------------------------------------------------------------------------- M&Ms and ACDC
-
-
-def _read_mms(base, table):
-    """(cases, problems, warnings) of a folder in the M&Ms layout.
-
-    Where a split is absent altogether (not downloaded), rows without a folder are taken to be its rows; they
-    do not name their split, but ED = ES = 0 marks those of Training/Unlabeled. Else they are problems.
-    """
-    rows, problems = _read_rows(table)
-    folders = _case_folders(base, MMS_PLACES)
-    cases, faults = _read_all(folders, partial(_mms_case, base, table, rows))
-    absent = set(MMS_PLACES) - {place for place, _ in folders}
-    lost, excused = sorted(set(rows) - {folder.name.lower() for _, folder in folders}), 0
-    for line, row in (rows[code][0] for code in lost):
-        unlabelled = {row["ED"], row["ES"]} <= {"", "0"}
-        if absent & {UNLABELLED} if unlabelled else absent - {UNLABELLED}:
-            excused += 1
-        else:
-            faults.append(f"{row['External code']}: no such folder (line {line} of {shown(table.name)})")
-    warnings = [f"{excused} rows of {shown(table.name)} have no folder; absent: {_join(sorted(absent))}"]
-    return cases, problems + faults, warnings if excused else []
-
-
-def _read_rows(table):
-    """{code in lower case: [(line, {column: text})]} of the table, and problems of rows that name no case."""
-    rows, problems = collections.defaultdict(list), []
-    try:
-        with open(table, newline="", encoding="utf-8-sig", errors="replace") as file:
-            reader = csv.DictReader(file, restkey="", restval="")
-            reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-            content = [(reader.line_num, row) for row in reader]
-    except (OSError, csv.Error) as error:
-        raise fault(table, f"not readable as CSV ({shown(error)})") from error
-    for columns in (("External code",), ("ED",), ("ES",), ("Vendor", "VendorName")):
-        if not set(columns) & set(reader.fieldnames):
-            found = ascii(", ".join(reader.fieldnames))[:200]
-            raise fault(table, f"no column {_join(columns, ' or ')}; the first line is {found}")
-    for line, row in content:
-        row = {name: text.strip() for name, text in row.items() if name}  # '' is the index, or cells too many
-        if CODE.fullmatch(row["External code"]):
-            rows[row["External code"].lower()].append((line, row))
-        elif any(row.values()):
-            what = f"line {line}: External code {ascii(row['External code'])[:80]}"
-            problems.append(f"{shown(table.name)}: {what} is not made of letters, digits, '.', '_' and '-'")
-    return rows, problems
-
-
-def _mms_case(base, table, rows, place, folder):
-    found = rows.get(folder.name.lower(), [])
-    if len(found) != 1:
-        what = f"duplicate code, lines {_join((n for n, _ in found), ' and ')}" if found else "no row"
-        raise InputError(f"{what} in {shown(table.name)}")
-    line, row = found[0]
-    code, centre = row["External code"], row.get("Centre", "")
-    image = _find_file(folder, f"{code}_sa")
-    header = read_header(image)
-    shape, ed, es, labels = header.get_data_shape(), None, None, ()
-    try:
-        vendor = _vendor(row.get("Vendor", ""), row.get("VendorName", ""))
-        if not re.fullmatch(r"[\w. -]{0,99}", centre, re.ASCII):
-            raise InputError(f"Centre {ascii(centre)[:80]} is not made of letters and digits")
-        if place != UNLABELLED:
-            ed, es = _phases(row["ED"], row["ES"], shape[3], first=0)
-    except InputError as error:
-        raise InputError(f"line {line} of {shown(table.name)}: {error}") from error
-    if place != UNLABELLED:  # whose label files, where there are any, are empty
-        labels = (_find_file(folder, f"{code}_sa_gt"),)
-        _check_label_shape(labels[0], shape)
-    split, spacing = place.split("/")[0].title(), spacing_of(header, image)
-    return Case(code, vendor, centre, split, ed, es, base, image, labels, MMS_ORDER, shape, spacing)
-
-
-def _vendor(letter, name):
-    """Letter of a vendor, from its column or, where that is empty, from the name."""
-    if not letter:
-        name = name.lower().replace("general electric", "ge")
-        letter = next((key for key, maker in VENDORS.items() if re.match(rf"{maker.lower()}\b", name)), "")
-    if letter.upper() not in VENDORS:
-        raise InputError(f"Vendor is {ascii(letter or name)[:80]}, not A Siemens, B Philips, C GE or D Canon")
-    return letter.upper()
-
-
-def _acdc_case(base, place, folder):
-    code, info = folder.name, folder / "Info.cfg"
-    if not CODE.fullmatch(code):
-        raise InputError("the folder's name is not made of letters, digits, '.', '_' and '-'")
-    try:
-        lines = info.read_text(errors="replace").splitlines()
-    except OSError as error:
-        raise fault(info, f"not readable ({error.strerror}); download it again") from error
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    image = _find_file(folder, f"{code}_4d")
-    header = read_header(image)
-    shape = header.get_data_shape()
-    try:
-        ed, es = _phases(fields.get("ED", ""), fields.get("ES", ""), shape[3], first=1)
-    except InputError as error:
-        raise fault(info, error) from error
-    labels = tuple(_find_file(folder, f"{code}_frame{t + 1:02d}_gt") for t in (ed, es))
-    for path in labels:
-        _check_label_shape(path, shape[:3])
-    spacing = spacing_of(header, image)
-    return Case(code, "A", "", place.title(), ed, es, base, image, labels, ACDC_ORDER, shape, spacing)

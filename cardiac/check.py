@@ -10,8 +10,9 @@ import sys
 from tqdm import tqdm
 
 from cardiac import LABELS
-from cardiac.cases import VENDORS, load_case, read_cases
+from cardiac.cases import VENDORS, load_case
 from cardiac.files import InputError, Parser, shown
+from cardiac.layouts import read_cases
 
 
 def main(argv=None):

@@ -22,6 +22,11 @@ def shown(text):
     return text if text.isprintable() else ascii(text)
 
 
+def joined(values, comma=", "):
+    """Values as words of a message."""
+    return comma.join(str(value) for value in values)
+
+
 def fault(path, what):
     """The InputError of a file: which, and what is wrong."""
     return InputError(f"{shown(path)}: {what}")

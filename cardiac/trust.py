@@ -41,10 +41,10 @@ def fuse(carried, nearness):
     that is left, and the Dice of the slice's label with itself after the way there and back.
     """
     sources = {phase: each.present.expand(len(each.regions), -1) for phase, each in carried.items()}
-    nearer_half = {phase: (nearness[phase] >= 0.5)[:, None] for phase in carried}
     if len(carried) == 2:
         for phase, rest in zip(carried, reversed(carried)):
-            alone = nearer_half[phase] & _shown(carried[phase], carried[rest])
+            nearer_half = (nearness[phase] >= 0.5)[:, None]
+            alone = nearer_half & _shown(carried[phase], carried[rest])
             sources[phase] = carried[phase].present & (carried[rest].present | alone)
     shares = {phase: each.regions for phase, each in carried.items()}
     if len(carried) == 1 and "ED" in carried:
@@ -67,18 +67,21 @@ def fuse(carried, nearness):
     return regions, trust, sources
 
 
+def base_first(pixels):
+    """Whether a stack begins at the base, the half where the label is larger, by its (Z, 3) pixels at ED."""
+    total = [sum(row) for row in pixels if any(row)]
+    half = len(total) // 2
+    return sum(total[:half]) >= sum(total[len(total) - half :])
+
+
 def left_behind(pixels):
     """The chance (Z, 3) that a slice that shows a region at ED has lost it at ES, of their pixels (Z, 3).
 
-    The base, the half of the stack where the label is larger, descends by one to two slices, and the apex of
-    the cavities closes. Regions of one or two slices are left alone: of a short stack nothing would remain.
+    The base descends by one to two slices, and the apex of the cavities closes. Regions of one or two slices
+    are left alone: of a short stack nothing would remain.
     """
-    counts = pixels.tolist()
-    total = [sum(row) for row in counts if any(row)]
-    half = len(total) // 2
-    base_first = sum(total[:half]) >= sum(total[len(total) - half :])
-    ends = ("base", "apex") if base_first else ("apex", "base")
-    gone = torch.zeros(pixels.shape)
+    counts, gone = pixels.tolist(), torch.zeros(pixels.shape)
+    ends = ("base", "apex") if base_first(counts) else ("apex", "base")
     for region, column in enumerate(zip(*counts)):
         slices = [z for z, count in enumerate(column) if count]
         if len(slices) > 2:

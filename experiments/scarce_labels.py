@@ -22,8 +22,8 @@ import propagate_labels
 import train_registration
 import train_segmentation
 from cardiac import REGIONS, evaluation
-from cardiac.cases import read_cases
 from cardiac.files import read_csv
+from cardiac.layouts import read_cases
 
 COLUMNS = ("fold", "patients", *evaluation.CASES)
 

@@ -45,8 +45,7 @@ def carried_pixels(network, cache, case, device):
     shown = carried.present.nonzero().flatten().tolist()
     if not shown:
         return pixels, [], []
-    area, half = carried.pixels.sum(1)[shown], len(shown) // 2
-    if area[:half].sum() < area[len(shown) - half :].sum():
+    if not trust.base_first(carried.pixels.tolist()):
         shown.reverse()
     slices = []
     for z in shown:

@@ -27,9 +27,9 @@ import propagate_labels
 import train_registration
 import train_segmentation
 from cardiac import cache
-from cardiac.cases import read_cases
 from cardiac.checkpoint import read_checkpoint, write_checkpoint
 from cardiac.files import InputError, read_csv
+from cardiac.layouts import read_cases
 from cardiac.parts import PARTS
 from cardiac.propagation import Propagated
 from cardiac.run import script

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from datasets import MMS_CASES, SPACING, TABLE, Tiny, heart, write_acdc, write_mms, write_nifti, write_table
 
-from cardiac.cases import load_case, read_cases
+from cardiac.cases import load_case
 from cardiac.check import main as check
 from cardiac.files import InputError
+from cardiac.layouts import read_cases
 
 CODE = "A0A0A0"  # the case that faults are put into
 CASES = [case for case in MMS_CASES if case.code in (CODE, "B0B0B0", "C0C0C0", "D1A1A1", "E1A1A1")]

@@ -23,8 +23,9 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 from datasets import MMS_CASES, TABLE, write_acdc, write_mms  # noqa: E402
 
-from cardiac.cases import load_case, read_cases  # noqa: E402
+from cardiac.cases import load_case  # noqa: E402
 from cardiac.files import InputError  # noqa: E402
+from cardiac.layouts import read_cases  # noqa: E402
 
 EXTREMES = [0, 1, 4, 127, 128, 255]
 FLOATS = float("nan"), float("inf"), 1e30, 1e-30, -1.0
