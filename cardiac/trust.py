@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from cardiac import LABELS
 from cardiac.losses import one_hot
 
-RULES = 4  # labels.h5 that older rules made is made again
+RULES = 5  # labels.h5 that older rules made is made again
 # Image difference, of the case's intensity window, at which a label is right e times less often than where
 # there is none; `experiments/trust_scales.py` finds the likeliest.
 RESIDUAL = 1.5
@@ -33,9 +33,9 @@ def fuse(carried, nearness):
     phases that a slice has its label from. One that only one of two known phases shows, out of which the base
     moves at an unknown time, has it in the nearer half, in frames where the image under the label is better
     explained by that phase's image than by the other's, which shows what lies beyond the base; and it has
-    less trust the later. Where ES is not known, a region's share in its outermost slices shrinks with the
-    chance that the heart's shortening has drawn it out of the slice (`left_behind`): where that is likelier
-    than not, they become background; a slice that shows nothing else has no label left (`faults`).
+    less trust the later. Where ES is not known, the heart's shortening may have drawn a region out of its
+    outermost slices (`left_behind`): where that is likelier than not they become background, and trust is
+    what the chance says of either; a slice that shows nothing else has no label left (`faults`).
 
     A pixel's trust is the share of its label among the guesses, times how well they fit: the image difference
     that is left, and the Dice of the slice's label with itself after the way there and back.
@@ -46,10 +46,6 @@ def fuse(carried, nearness):
             nearer_half = (nearness[phase] >= 0.5)[:, None]
             alone = nearer_half & _shown(carried[phase], carried[rest])
             sources[phase] = carried[phase].present & (carried[rest].present | alone)
-    shares = {phase: each.regions for phase, each in carried.items()}
-    if len(carried) == 1 and "ED" in carried:
-        gone = left_behind(carried["ED"].pixels) * (1 - nearness["ED"])[:, None, None]
-        shares["ED"] = shares["ED"] * (1 - gone)[..., None, None]
     weights, fits = {}, {}
     for phase, each in carried.items():
         fit = torch.exp(-each.residual / RESIDUAL)
@@ -57,10 +53,16 @@ def fuse(carried, nearness):
         near = sources[phase] * nearness[phase][:, None].clamp(min=0.01)
         weights[phase] = near[..., None, None] * fits[phase].clamp(min=1e-6)
     total = sum(weights.values()).clamp(min=1e-12)
-    regions = sum(weights[phase][:, :, None] * shares[phase] for phase in carried)
+    regions = sum(weights[phase][:, :, None] * carried[phase].regions for phase in carried)
     regions = regions / total[:, :, None]
+    likely = regions
+    if len(carried) == 1 and "ED" in carried:
+        gone = left_behind(carried["ED"].pixels) * (1 - nearness["ED"])[:, None, None]
+        likely = regions * (1 - gone)[..., None, None]
+        regions = regions * (gone <= 0.5)[..., None, None]  # a smaller share would move the border
     fit = sum(weights[phase] * fits[phase] for phase in carried) / total
-    trust = fit * torch.maximum(regions.amax(2), 1 - regions.sum(2))
+    chosen = likely.gather(2, regions.argmax(2, keepdim=True))[:, :, 0]
+    trust = fit * torch.where(regions.amax(2) > 1 - regions.sum(2), chosen, 1 - likely.sum(2))
     if len(carried) == 2:
         still_there = sum(sources[phase] * nearness[phase][:, None] for phase in carried)  # alone: the base
         trust = trust * torch.where(sources["ED"] & sources["ES"], 1, still_there)[..., None, None]
