@@ -83,6 +83,20 @@ def writing_hdf5(path, size):
             yield file
 
 
+def write_in_place(path, pieces):
+    """Write {offset: bytes or a C-contiguous array} into the file at `path`, and bring it to the disk."""
+    try:
+        with open(path, "rb+") as file:
+            for offset, piece in pieces.items():
+                file.seek(offset)
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def hdf5_dataset(file, name):
     """Dataset `name` of an open HDF5 file, maybe a stranger's; ValueError where it is not fit to be read.
 
