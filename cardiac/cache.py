@@ -254,7 +254,7 @@ def _build(path, dataset, wanted, settings):
     cases = dataset.good(settings.skip_bad)
     (places, rows), grid = _places(cases), [wanted[name] for name in PREPROCESSING]
     made_from = hashlib.sha256(json.dumps([SCHEMA, grid, places]).encode()).hexdigest()
-    file, sources = _parts(path) / path.name, json.dumps(wanted["sources"])
+    file, sources = _parts(path) / f"{path.name}.building", json.dumps(wanted["sources"])
     if not _laid_out(file, made_from, sources):
         shutil.rmtree(_parts(path), ignore_errors=True)
         _lay_out(file, made_from, sources, wanted, rows, len(cases))

@@ -31,11 +31,11 @@ def fuse(carried, nearness):
     carried: {phase: `propagation.Carried`}; nearness: {phase: (F,)} from 1 at that phase to 0 at the other.
     Returns regions (F, Z, 3, S, S), trust (F, Z, S, S) in [0, 1] and sources, {phase: (F, Z) bool}: the
     phases that a slice has its label from. One that only one of two known phases shows, out of which the base
-    moves at an unknown time, has it in the nearer half, in frames where the image under the label is better
+    moves at an unknown time, has it in the nearer half, for as long as the images under the label are better
     explained by that phase's image than by the other's, which shows what lies beyond the base; and it has
-    less trust the later. Where ES is not known, the heart's shortening may have drawn a region out of its
-    outermost slices (`left_behind`): where that is likelier than not they become background, and trust is
-    what the chance says of either; a slice that shows nothing else has no label left (`faults`).
+    less trust the later. Where ES is not known, a region's share in its outermost slices shrinks with the
+    chance that the heart's shortening has drawn it out of the slice (`left_behind`): where that is likelier
+    than not, they become background; a slice that shows nothing else has no label left (`faults`).
 
     A pixel's trust is the share of its label among the guesses, times how well they fit: the image difference
     that is left, and the Dice of the slice's label with itself after the way there and back.
@@ -44,8 +44,12 @@ def fuse(carried, nearness):
     if len(carried) == 2:
         for phase, rest in zip(carried, reversed(carried)):
             nearer_half = (nearness[phase] >= 0.5)[:, None]
-            alone = nearer_half & _shown(carried[phase], carried[rest])
+            alone = nearer_half & _still_shown(carried[phase], carried[rest], nearness[phase])
             sources[phase] = carried[phase].present & (carried[rest].present | alone)
+    shares = {phase: each.regions for phase, each in carried.items()}
+    if len(carried) == 1 and "ED" in carried:
+        gone = left_behind(carried["ED"].pixels) * (1 - nearness["ED"])[:, None, None]
+        shares["ED"] = shares["ED"] * (1 - gone)[..., None, None]
     weights, fits = {}, {}
     for phase, each in carried.items():
         fit = torch.exp(-each.residual / RESIDUAL)
@@ -53,16 +57,10 @@ def fuse(carried, nearness):
         near = sources[phase] * nearness[phase][:, None].clamp(min=0.01)
         weights[phase] = near[..., None, None] * fits[phase].clamp(min=1e-6)
     total = sum(weights.values()).clamp(min=1e-12)
-    regions = sum(weights[phase][:, :, None] * carried[phase].regions for phase in carried)
+    regions = sum(weights[phase][:, :, None] * shares[phase] for phase in carried)
     regions = regions / total[:, :, None]
-    likely = regions
-    if len(carried) == 1 and "ED" in carried:
-        gone = left_behind(carried["ED"].pixels) * (1 - nearness["ED"])[:, None, None]
-        likely = regions * (1 - gone)[..., None, None]
-        regions = regions * (gone <= 0.5)[..., None, None]  # a smaller share would move the border
     fit = sum(weights[phase] * fits[phase] for phase in carried) / total
-    chosen = likely.gather(2, regions.argmax(2, keepdim=True))[:, :, 0]
-    trust = fit * torch.where(regions.amax(2) > 1 - regions.sum(2), chosen, 1 - likely.sum(2))
+    trust = fit * torch.maximum(regions.amax(2), 1 - regions.sum(2))
     if len(carried) == 2:
         still_there = sum(sources[phase] * nearness[phase][:, None] for phase in carried)  # alone: the base
         trust = trust * torch.where(sources["ED"] & sources["ES"], 1, still_there)[..., None, None]
@@ -92,9 +90,17 @@ def left_behind(pixels):
     return gone.to(pixels.device)
 
 
-def _shown(own, other):
-    """Where (F, Z) the image within a phase's carried label is better explained by it than by the other."""
-    return ((other.residual - own.residual) * own.regions.sum(2)).sum((-2, -1)) > 0
+def _still_shown(own, other, nearness):
+    """Where (F, Z) a slice still shows what a phase has carried there, and not yet what the other shows.
+
+    The base leaves a slice once: up to some frame the image within the label is better explained by this
+    phase's image, from then on by the other's. It is the frame that the images of all make likeliest.
+    """
+    evidence = ((other.residual - own.residual) * own.regions.sum(2)).sum((-2, -1))
+    order = nearness.argsort(descending=True)  # away from the phase
+    so_far = evidence[order].cumsum(0)
+    rank = order.argsort()[:, None]
+    return (rank <= so_far.argmax(0)) & (so_far.amax(0) > 0)
 
 
 def expected_dice(labels, trust):

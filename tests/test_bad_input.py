@@ -90,7 +90,7 @@ def refused(capsys):
 def results(folder):
     """Files that have their final name: no locks, no parts of finished cases."""
     found = {path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock")}
-    return {path for path in found if not path.parent.name.endswith(PARTS)}
+    return {path for path in found if not any(each.endswith(PARTS) for each in path.parts)}
 
 
 # -------------------------------------------------------------------------------- datasets, by every script
