@@ -53,28 +53,17 @@ class Settings:
 
     def check(self):
         """Raise InputError for a value that cannot work, before any work is done."""
-        for name in (
-            "size",
-            "batch_size",
-            "lr",
-            "epochs",
-            "max_steps",
-            "steps_per_epoch",
-            "channels",
-            "labelled_cases",
-        ):
+        counts = ("batch_size", "epochs", "max_steps", "steps_per_epoch", "channels", "labelled_cases")
+        for name in ("size", "lr", *counts):
             value = getattr(self, name, None)
             if value is not None and not 0 < value < float("inf"):
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be a positive number")
         if self.size % 16:
             down = max(16, self.size // 16 * 16)
-            raise InputError(
-                f"--size {self.size}: the networks halve it four times; take {down} or {down + 16}"
-            )
-        limits = dict.fromkeys(
-            ("workers", "patience", "smoothness", "dice_weight", "difference_weight"),
-            (0, float("inf")),
-        )
+            what = f"the networks halve it four times; take {down} or {down + 16}"
+            raise InputError(f"--size {self.size}: {what}")
+        weights = ("smoothness", "dice_weight", "difference_weight")
+        limits = dict.fromkeys(("workers", "patience", *weights), (0, float("inf")))
         limits |= dict.fromkeys(("averaging", "labelled_share", "expert_share"), (0, 1))
         limits |= {"spacing": (0.05, 100), "seed": (0, 2**63 - 1), "lr": (0, 1000)}
         for name, (least, largest) in limits.items():
@@ -118,14 +107,8 @@ class TrainingSettings(Settings):
 class RegistrationSettings(TrainingSettings):
     """`train_registration.py`."""
 
-    STRONG: ClassVar = {
-        **Settings.STRONG,
-        "augment": True,
-        "averaging": 0.998,
-        "dice_weight": 0.5,
-        "difference_weight": 20.0,
-        "guided": True,
-    }
+    STRONG: ClassVar = {**Settings.STRONG, "augment": True, "averaging": 0.998, "dice_weight": 0.5,
+                        "difference_weight": 20.0, "guided": True}  # fmt: skip
     similarity: str = setting("mse", "image term of the loss", choices=("mse", "ncc"))
     smoothness: float = setting(0.01, "weight of the velocity's diffusion (1.0 goes with ncc)")
     dice_weight: float = setting(0.05, "weight of the labels' overlap where both slices have expert labels")
@@ -142,7 +125,6 @@ class PropagationSettings(Settings):
     trust: bool = setting(
         False, "labels of ED and ES fused, every pixel weighed by trust, every slice checked (`trust.py`)"
     )
-
     frames: str = setting(
         "systole", "systole: the frames between ED and ES; all: diastole too", choices=("systole", "all")
     )
@@ -155,13 +137,8 @@ class PropagationSettings(Settings):
 class SegmentationSettings(TrainingSettings):
     """`train_segmentation.py`."""
 
-    STRONG: ClassVar = {
-        **Settings.STRONG,
-        "augment": True,
-        "averaging": 0.99,
-        "dice_weight": 1.0,
-        "expert_share": 0.5,
-    }
+    STRONG: ClassVar = {**Settings.STRONG, "augment": True, "averaging": 0.99, "dice_weight": 1.0,
+                        "expert_share": 0.5}  # fmt: skip
     expert_share: float = setting(
         0.0, "share of a batch drawn from expert slices, the rest propagated; 0: every slice is as likely"
     )
@@ -197,27 +174,11 @@ class EvaluationSettings(Settings):
             raise InputError("give either --data (a dataset to score) or --predict (scans to segment)")
 
 
-SHARED = (
-    "size",
-    "spacing",
-    "crop",
-    "seed",
-    "recipe",
-    "labelled_phases",
-    "labelled_cases",
-    "channels",
-    "skip_bad",
-)  # what later scripts take from earlier ones
-HERE = (
-    "data",
-    "out",
-    "cache",
-    "device",
-    "workers",
-    "overwrite",
-    "labels",
-    "profile",
-)  # a matter of this call, never taken
+# what later scripts take from earlier ones
+SHARED = ("size", "spacing", "crop", "seed", "recipe", "labelled_phases", "labelled_cases", "channels",
+          "skip_bad")  # fmt: skip
+# a matter of this call, never taken
+HERE = ("data", "out", "cache", "device", "workers", "overwrite", "labels", "profile")
 BUDGET = ("epochs", "max_steps", "nifti", "skip_bad")  # taken, but a typed one may differ: the run goes on
 
 
