@@ -36,7 +36,8 @@ def test_a_registration_in_turn_by_two_processes_and_one_is_that_of_one(tiny_dat
     assert shared.returncode == 0, shared.stderr
     assert shared.stdout.count("registration: 4 steps of 4 pairs") == 1, "the first process alone prints"
     assert train_registration.main([*parts, "8"]) == 0
-    assert torchrun("train_registration.py", *parts, "12").returncode == 0
+    shared = torchrun("train_registration.py", *parts, "12")
+    assert shared.returncode == 0, shared.stderr
     rows = [read_csv(tmp_path / out / "registration" / "log.csv") for out in ("once", "parts")]
     assert [row["step"] for row in rows[1]] == ["4", "8", "12"]
     for one, other in zip(*rows):

@@ -198,6 +198,20 @@ def test_withheld_phases_are_labelled_and_the_known_one_is_the_source(swinging):
         assert sorted(f for *_, frames in spans for f in frames) == sorted({0, 2, 3, 5, withheld})
 
 
+def test_where_es_is_not_known_the_rv_of_the_base_is_background_at_es(tmp_path):
+    data = write_mms(tmp_path / "MnM", [Tiny("A0A0A0", ed=0, es=2)], (40, 36, 5, 5))
+    cache = open_cache(Settings(data=data, cache=tmp_path, size=32, spacing=2.0, workers=1))
+    (case,) = cache.cases
+    shown = {}
+    for withheld in ((), (case.es,)):
+        store = SliceStore(cache, [dataclasses.replace(case, withheld=withheld)], CPU)
+        frames = [1, 2] if withheld else [1]
+        found = propagation.propagate_interval(standstill, store, "ED", "ES", frames, True)
+        shown[withheld] = [[set(np.unique(labels)) for labels in frame] for frame in found.labels]
+    everywhere = [{0, 1, 2, 3}] * 5
+    assert shown == {(): [everywhere], (case.es,): [everywhere, [{0, 1, 2}, *everywhere[1:]]]}
+
+
 def test_a_slice_without_a_label_at_ed_is_unlabelled_and_never_background(swinging, capsys):
     cache, case, _ = swinging
     propagated, rows = propagate_labels.propagate(follower, cache, [case], words("systole"), CPU)
