@@ -8,7 +8,8 @@ import torch
 
 from cardiac import LABELS, losses, networks, report
 from cardiac.augment import augment_slices
-from cardiac.cache import PREPROCESSING, open_cache
+from cardiac.building import PREPROCESSING
+from cardiac.cache import open_cache
 from cardiac.checkpoint import load_network
 from cardiac.files import InputError, read_json
 from cardiac.metrics import dice

@@ -5,10 +5,10 @@ frames of one patient; its displacement fields carry the labels to the frames be
 both.
 
 The modules, in the order in which the data meets them: `nifti`, `cases`, `layouts` (what lies on disk),
-`preprocessing`, `cache` (slices of one size and spacing in one HDF5 file), `slices` (batches on the device),
-`warp`, `networks`, `losses` (the method), `checkpoint` and `training` (the loop), `propagation` and `trust`
-(labels through time), `metrics`, `evaluation` and `report`. `heart`, `phantom` and `demo` make a dataset with
-a known truth and run everything on it.
+`preprocessing`, `building` and `cache` (slices of one size and spacing in one HDF5 file), `slices` (batches
+on the device), `warp`, `networks`, `losses` (the method), `checkpoint` and `training` (the loop),
+`propagation` and `trust` (labels through time), `metrics`, `evaluation` and `report`. `heart`, `phantom` and
+`demo` make a dataset with a known truth and run everything on it.
 """
 
 LABELS = {"LV": 1, "MYO": 2, "RV": 3}  # M&Ms order: left ventricular cavity, myocardium, right ventricle

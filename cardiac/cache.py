@@ -1,4 +1,4 @@
-"""Cases to one HDF5 file of preprocessed slices.
+"""The slice cache: all preprocessed slices of a dataset, in one HDF5 file.
 
 Layout of the file, which is rebuilt whenever it does not fit what is asked for:
 
@@ -7,30 +7,22 @@ Layout of the file, which is rebuilt whenever it does not fit what is asked for:
     cases, sources, skipped      JSON: of each case its code, first rows in both, the centre of its slices and
                                  the share of labels cropped; relative path -> size, mtime; why cases were
                                  left out
-    attributes: schema, size, spacing, crop; made_from: these and where the cases begin
+    attributes: schema, size, spacing, crop; made_from: a digest of these and of where cases begin
 """
 
-import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
 import numpy as np
-from tqdm import tqdm
 
-from cardiac.cases import Case, load_case, refusal
-from cardiac.files import InputError, hdf5_dataset, locked, sync_folder, write_in_place, writing_hdf5
+from cardiac.building import PREPROCESSING, SCHEMA, build, building_folder, places_of
+from cardiac.cases import Case, refusal
+from cardiac.files import InputError, hdf5_dataset, locked
 from cardiac.layouts import read_cases
-from cardiac.parts import PARTS, Parts
-from cardiac.preprocessing import Grid, to_slices
-from cardiac.workers import worker_pool
-
-SCHEMA = 3
-PREPROCESSING = ("size", "spacing", "crop")  # settings that the slices depend on
-LONGEST_PROBLEM = 1000  # characters that are kept of why a case was left out
+from cardiac.preprocessing import Grid
 
 
 @dataclass(frozen=True)
@@ -160,11 +152,11 @@ def open_cache(settings):
     with locked(
         path.with_name(f".{path.name}.lock"), f"cache: waiting for another process at {path}", wait=True
     ):
-        reason = _misfit(path, wanted, _places(cases)[1])
+        reason = _misfit(path, wanted, places_of(cases)[1])
         if reason:
             print(f"cache: building {path}: {reason}", flush=True)
-            _build(path, dataset, wanted, settings)
-        shutil.rmtree(_parts(path), ignore_errors=True)
+            build(path, dataset, wanted, settings)
+        shutil.rmtree(building_folder(path), ignore_errors=True)
     for warning in dataset.warnings:
         print(f"warning: {warning}")
     with h5py.File(path) as file:
@@ -202,17 +194,6 @@ def _withhold(cache, settings):
     return replace(cache, cases=tuple(cases))
 
 
-def _places(cases):
-    """Where each case begins in both arrays, {code: {...}}, None without labels; and {array: its slices}."""
-    places, rows = {}, {"images": 0, "labels": 0}
-    for case in cases:
-        slices, frames, labelled = *case.shape[2:], case.ed is not None
-        places[case.code] = {"first": rows["images"], "first_label": rows["labels"] if labelled else None}
-        rows["images"] += slices * frames
-        rows["labels"] += 2 * slices * labelled
-    return places, rows
-
-
 def _misfit(path, wanted, rows):
     """Why the file at `path` cannot be used as it is, or None."""
     if not path.exists():
@@ -238,101 +219,6 @@ def _misfit(path, wanted, rows):
         return f"sources differ: {sorted(changed)[0]} and {len(changed) - 1} more changed"
     expected = {name: (count, wanted["size"], wanted["size"]) for name, count in rows.items()}
     return None if shapes == expected else f"the file there holds arrays of other shapes: {shapes}"
-
-
-def _parts(path):
-    """The folder, beside a cache, in which it is being built."""
-    return path.with_name(f".{path.name}{PARTS}")
-
-
-def _build(path, dataset, wanted, settings):
-    """Preprocess the cases in worker processes, each of which writes its slices where they belong.
-
-    Killed, it goes on with the cases that are not finished. What HDF5 has open does not survive a kill, so it
-    lays the file out and leaves it: what is written from then on are bytes with a place.
-    """
-    cases = dataset.good(settings.skip_bad)
-    (places, rows), grid = _places(cases), [wanted[name] for name in PREPROCESSING]
-    made_from = hashlib.sha256(json.dumps([SCHEMA, grid, places]).encode()).hexdigest()
-    file, sources = _parts(path) / f"{path.name}.building", json.dumps(wanted["sources"])
-    if not _laid_out(file, made_from, sources):
-        shutil.rmtree(_parts(path), ignore_errors=True)
-        _lay_out(file, made_from, sources, wanted, rows, len(cases))
-    with h5py.File(file) as laid_out:
-        offsets = {name: dataset.id.get_offset() for name, dataset in laid_out.items()}
-
-    def arguments(case):
-        place, area = places[case.code], settings.size**2
-        images_at = offsets["images"] + 2 * area * place["first"]
-        labels_at = offsets["labels"] + area * place["first_label"] if case.ed is not None else None
-        return case, *grid, file, images_at, labels_at
-
-    found, problems = [], []
-    parts = Parts(file.parent / "finished", (made_from,))
-    with worker_pool(settings.workers, len(cases)) as run:
-        results = parts.results(run, _preprocess, cases, arguments)
-        for case, result in zip(cases, tqdm(results, "cache", len(cases), unit="case")):
-            if "problem" in result:
-                problems.append(result["problem"][:LONGEST_PROBLEM])
-                if settings.skip_bad:
-                    continue
-                raise refusal(problems, settings.data)
-            for warning in result["warnings"]:
-                tqdm.write(f"warning: {warning}")
-            found.append({"code": case.code, **places[case.code], **result["place"]})
-    if not found:
-        raise InputError(f"{dataset.root}: no case could be read")
-    texts = {"cases": json.dumps(found), "sources": sources, "skipped": json.dumps(problems)}
-    write_in_place(file, {offsets[name]: text.encode() for name, text in texts.items()})
-    os.replace(file, path)
-    sync_folder(path.parent)
-
-
-def _laid_out(path, made_from, sources):
-    """Whether the file at `path` was laid out for the same slices, with room for the text `sources`."""
-    try:
-        with h5py.File(path) as file:
-            return file.attrs["made_from"] == made_from and file["sources"].nbytes >= len(sources)
-    except (OSError, KeyError):  # there is none, or it is not whole
-        return False
-
-
-def _lay_out(path, made_from, sources, wanted, rows, cases):
-    """Write the file of the cache without slices: everything that it is to hold has its place on the disk."""
-    size, kinds = wanted["size"], {"images": np.float16, "labels": np.uint8}
-    lengths = {"cases": 1000 * cases, "sources": len(sources) + 100 * cases}  # that of a mended case may grow
-    lengths["skipped"] = 6 * LONGEST_PROBLEM * cases  # JSON takes up to six bytes for a character
-    room = (2 * rows["images"] + rows["labels"]) * size**2 + sum(lengths.values()) + 2**20
-    with writing_hdf5(path, room) as file:
-        for name, kind in kinds.items():
-            # contiguous: a case is one run of bytes, read at the speed of the disk
-            array = file.create_dataset(name, (rows[name], size, size), kind)
-            if rows[name]:
-                array[-1] = 0  # HDF5 gives no place to what was never written
-        for name, length in lengths.items():
-            file.create_dataset(name, data=np.array(b"", f"S{length}"))
-        file.attrs.update({name: wanted[name] for name in ("schema", *PREPROCESSING)})
-        file.attrs["made_from"] = made_from
-
-
-def _preprocess(case, size, spacing, crop, file, images_at, labels_at):
-    """Write one case's images (T * Z, S, S) float16 and labels (2 * Z, S, S) uint8, where it has any, into
-    `file` at these offsets. Returns the centre of its slices and the share cropped ("place"), and warnings;
-    or the problem that it has.
-    """
-    try:
-        image, labels, warnings = load_case(case)
-    except InputError as error:
-        return {"problem": str(error)}
-    images, grid = to_slices(image, case.spacing, size, spacing, crop)
-    pieces, place = {images_at: images}, {"crop_centre": grid.centre, "cropped": 0.0}
-    if case.ed is not None:
-        planes = np.concatenate([labels[frame].transpose(2, 0, 1) for frame in (case.ed, case.es)])
-        foreground = planes > 0
-        place["cropped"] = 1 - float((foreground & grid.inside()).sum() / foreground.sum())
-        pieces[labels_at] = grid.labels_to_slices(planes)
-    write_in_place(file, pieces)
-    return {"place": place, "warnings": warnings}
 
 
 def _report(cache):

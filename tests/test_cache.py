@@ -14,7 +14,7 @@ from datasets import MMS_CASES, SPACING, TABLE, Tiny, heart, write_acdc, write_m
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cardiac import cache as cache_module
+from cardiac import building
 from cardiac.cache import Cache, CachedCase, open_cache
 from cardiac.cases import load_case
 from cardiac.files import InputError
@@ -81,7 +81,7 @@ def test_labels_of_acdc_are_turned_into_the_order_of_mms(tmp_path):
 def test_a_cache_that_fits_is_not_built_again(data, tmp_path, capsys, monkeypatch):
     first = open_cache(asked(data, tmp_path))
     assert reason(capsys) == "there is none yet"
-    monkeypatch.setattr(cache_module, "load_case", lambda case: pytest.fail("voxels read again"))
+    monkeypatch.setattr(building, "load_case", lambda case: pytest.fail("voxels read again"))
     assert open_cache(asked(data, tmp_path)) == first
     assert reason(capsys) is None
 

@@ -30,7 +30,7 @@ import evaluate
 import propagate_labels
 import train_registration
 import train_segmentation
-from cardiac import cache, evaluation, files, propagation, report
+from cardiac import building, cache, evaluation, files, propagation, report
 from cardiac.checkpoint import write_checkpoint
 from cardiac.nifti import write_labels
 from cardiac.parts import PARTS, write_part
@@ -251,7 +251,7 @@ def test_the_cache_goes_on_with_the_case_at_which_it_was_killed(whole, tmp_path,
     words = Settings(data=whole[0], cache=tmp_path, size=32, spacing=2.0, workers=1)
     done = []
     with pytest.MonkeyPatch.context() as patch:
-        killed_at(patch, cache, "_preprocess", at, done)
+        killed_at(patch, building, "_preprocess", at, done)
         with pytest.raises(Killed):
             cache.open_cache(words)
         assert not (tmp_path / "MnM.h5").exists()
@@ -474,14 +474,14 @@ import sys
 from pathlib import Path
 from cardiac import cache
 from cardiac.settings import Settings
-build = cache._build
+build = cache.build
 
 def slow(*arguments):
     print("building", flush=True)
     sys.stdin.readline()
     build(*arguments)
 
-cache._build = slow
+cache.build = slow
 cache.open_cache(Settings(data=Path(sys.argv[1]), cache=Path(sys.argv[2]), size=32, spacing=2.0, workers=1))
 """
 
@@ -501,7 +501,7 @@ def test_two_that_want_the_same_cache_build_it_once(whole, tmp_path, monkeypatch
         other.stdin.close()
 
     monkeypatch.setattr(files, "print", release, raising=False)  # said when the lock is found taken
-    monkeypatch.setattr(cache, "_build", lambda *_: pytest.fail("built twice"))
+    monkeypatch.setattr(cache, "build", lambda *_: pytest.fail("built twice"))
     found = cache.open_cache(Settings(data=whole[0], cache=tmp_path, size=32, spacing=2.0, workers=1))
     assert "waiting for another process" in said[0]
     with h5py.File(found.path) as file:

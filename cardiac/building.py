@@ -1,0 +1,131 @@
+"""Building the slice cache: one file, laid out first and then filled in place by worker processes.
+
+What HDF5 has open does not survive a kill. So it lays the file out, with a place for every slice and text,
+and leaves it. From then on bytes are written to their places, and what says that a case is finished, its part
+(`parts.py`), comes after its slices are on the disk.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+
+import h5py
+import numpy as np
+from tqdm import tqdm
+
+from cardiac.cases import load_case, refusal
+from cardiac.files import InputError, sync_folder, write_in_place, writing_hdf5
+from cardiac.parts import PARTS, Parts
+from cardiac.preprocessing import to_slices
+from cardiac.workers import worker_pool
+
+SCHEMA = 3
+PREPROCESSING = ("size", "spacing", "crop")  # settings that the slices depend on
+LONGEST_PROBLEM = 1000  # characters that are kept of why a case was left out
+
+
+def places_of(cases):
+    """Where each case begins in both arrays, {code: {...}}, None without labels; and {array: its slices}."""
+    places, rows = {}, {"images": 0, "labels": 0}
+    for case in cases:
+        slices, frames, labelled = *case.shape[2:], case.ed is not None
+        places[case.code] = {"first": rows["images"], "first_label": rows["labels"] if labelled else None}
+        rows["images"] += slices * frames
+        rows["labels"] += 2 * slices * labelled
+    return places, rows
+
+
+def building_folder(path):
+    """The folder, beside a cache, in which it is being built."""
+    return path.with_name(f".{path.name}{PARTS}")
+
+
+def build(path, dataset, wanted, settings):
+    """Preprocess the cases of a `Dataset` into a new cache at `path`; killed, go on with those not finished.
+
+    wanted: size, spacing, crop and schema of the cache, and its sources. Raises InputError for the first case
+    that cannot be used, without --skip-bad.
+    """
+    cases = dataset.good(settings.skip_bad)
+    (places, rows), grid = places_of(cases), [wanted[name] for name in PREPROCESSING]
+    made_from = hashlib.sha256(json.dumps([SCHEMA, grid, places]).encode()).hexdigest()
+    file, sources = building_folder(path) / f"{path.name}.building", json.dumps(wanted["sources"])
+    if not _laid_out(file, made_from, sources):
+        shutil.rmtree(building_folder(path), ignore_errors=True)
+        _lay_out(file, made_from, sources, wanted, rows, len(cases))
+    with h5py.File(file) as laid_out:
+        offsets = {name: dataset.id.get_offset() for name, dataset in laid_out.items()}
+
+    def arguments(case):
+        place, area = places[case.code], settings.size**2
+        images_at = offsets["images"] + 2 * area * place["first"]
+        labels_at = offsets["labels"] + area * place["first_label"] if case.ed is not None else None
+        return case, *grid, file, images_at, labels_at
+
+    found, problems = [], []
+    parts = Parts(file.parent / "finished", (made_from,))
+    with worker_pool(settings.workers, len(cases)) as run:
+        results = parts.results(run, _preprocess, cases, arguments)
+        for case, result in zip(cases, tqdm(results, "cache", len(cases), unit="case")):
+            if "problem" in result:
+                problems.append(result["problem"][:LONGEST_PROBLEM])
+                if settings.skip_bad:
+                    continue
+                raise refusal(problems, settings.data)
+            for warning in result["warnings"]:
+                tqdm.write(f"warning: {warning}")
+            found.append({"code": case.code, **places[case.code], **result["place"]})
+    if not found:
+        raise InputError(f"{dataset.root}: no case could be read")
+    texts = {"cases": json.dumps(found), "sources": sources, "skipped": json.dumps(problems)}
+    write_in_place(file, {offsets[name]: text.encode() for name, text in texts.items()})
+    os.replace(file, path)
+    sync_folder(path.parent)
+
+
+def _laid_out(path, made_from, sources):
+    """Whether the file at `path` was laid out for the same slices, with room for the text `sources`."""
+    try:
+        with h5py.File(path) as file:
+            return file.attrs["made_from"] == made_from and file["sources"].nbytes >= len(sources)
+    except (OSError, KeyError):  # there is none, or it is not whole
+        return False
+
+
+def _lay_out(path, made_from, sources, wanted, rows, cases):
+    """Write the file of the cache without slices: everything that it is to hold has its place on the disk."""
+    size, kinds = wanted["size"], {"images": np.float16, "labels": np.uint8}
+    lengths = {"cases": 1000 * cases, "sources": len(sources) + 100 * cases}  # that of a mended case may grow
+    lengths["skipped"] = 6 * LONGEST_PROBLEM * cases  # JSON takes up to six bytes for a character
+    room = (2 * rows["images"] + rows["labels"]) * size**2 + sum(lengths.values()) + 2**20
+    with writing_hdf5(path, room) as file:
+        for name, kind in kinds.items():
+            # contiguous: a case is one run of bytes, read at the speed of the disk
+            array = file.create_dataset(name, (rows[name], size, size), kind)
+            if rows[name]:
+                array[-1] = 0  # HDF5 gives no place to what was never written
+        for name, length in lengths.items():
+            file.create_dataset(name, data=np.array(b"", f"S{length}"))
+        file.attrs.update({name: wanted[name] for name in ("schema", *PREPROCESSING)})
+        file.attrs["made_from"] = made_from
+
+
+def _preprocess(case, size, spacing, crop, file, images_at, labels_at):
+    """Write one case's images (T * Z, S, S) float16 and labels (2 * Z, S, S) uint8, where it has any, into
+    `file` at these offsets. Returns the centre of its slices and the share cropped ("place"), and warnings;
+    or the problem that it has.
+    """
+    try:
+        image, labels, warnings = load_case(case)
+    except InputError as error:
+        return {"problem": str(error)}
+    images, grid = to_slices(image, case.spacing, size, spacing, crop)
+    pieces, place = {images_at: images}, {"crop_centre": grid.centre, "cropped": 0.0}
+    if case.ed is not None:
+        planes = np.concatenate([labels[frame].transpose(2, 0, 1) for frame in (case.ed, case.es)])
+        foreground = planes > 0
+        place["cropped"] = 1 - float((foreground & grid.inside()).sum() / foreground.sum())
+        pieces[labels_at] = grid.labels_to_slices(planes)
+    write_in_place(file, pieces)
+    return {"place": place, "warnings": warnings}
