@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
 
@@ -22,7 +23,8 @@ def worker_pool(workers, jobs):
         return
     # forked from a server, since a fork of a process that holds CUDA or threads may hang
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "torch"])  # slow to import: once, not in every worker
+    # slow to import: once, not in every worker. "__main__" here would load nothing (seen in Python 3.11).
+    context.set_forkserver_preload([name for name in sys.modules if name.startswith("cardiac.")])
     with ProcessPoolExecutor(count, context, _end_with_parent) as pool:
 
         def run(function, arguments):
