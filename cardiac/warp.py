@@ -73,7 +73,8 @@ def jacobian_determinant(displacement):
 def _sampling_grid(displacement):
     """Normalised coordinates (B, H, W, 2) for `grid_sample`, which wants (along W, along H).
 
-    0 for NaN: on the CPU the backward pass of `grid_sample` would read and write outside its tensors.
+    They lie in memory as two planes, which are written and read faster than pairs. 0 for NaN: on the CPU the
+    backward pass of `grid_sample` would read and write outside its tensors.
     """
     height, width = displacement.shape[-2:]
     options = {"device": displacement.device, "dtype": displacement.dtype}
@@ -81,4 +82,5 @@ def _sampling_grid(displacement):
     columns = (2 * torch.arange(width, **options) + 1) / width - 1
     along_width = columns + displacement[:, 1] * (2 / width)
     along_height = rows[:, None] + displacement[:, 0] * (2 / height)
-    return torch.stack([along_width, along_height], dim=-1).nan_to_num(nan=0.0)
+    planes = torch.stack([along_width, along_height], dim=1).nan_to_num_(nan=0.0)
+    return planes.permute(0, 2, 3, 1)
