@@ -22,7 +22,7 @@ from cardiac.workers import worker_pool
 
 SCHEMA = 3
 PREPROCESSING = ("size", "spacing", "crop")  # settings that the slices depend on
-LONGEST_PROBLEM = 1000  # characters that are kept of why a case was left out
+LONGEST_PROBLEM = 500  # characters that are kept of why a case was left out
 
 
 def places_of(cases):
@@ -97,7 +97,7 @@ def _lay_out(path, made_from, sources, wanted, rows, cases):
     """Write the file of the cache without slices: everything that it is to hold has its place on the disk."""
     size, kinds = wanted["size"], {"images": np.float16, "labels": np.uint8}
     lengths = {"cases": 1000 * cases, "sources": len(sources) + 100 * cases}  # that of a mended case may grow
-    lengths["skipped"] = 6 * LONGEST_PROBLEM * cases  # JSON takes up to six bytes for a character
+    lengths["skipped"] = 13 * LONGEST_PROBLEM * cases  # JSON takes up to twelve bytes for a character
     room = (2 * rows["images"] + rows["labels"]) * size**2 + sum(lengths.values()) + 2**20
     with writing_hdf5(path, room) as file:
         for name, kind in kinds.items():

@@ -212,6 +212,22 @@ def test_skip_bad_goes_on_without_the_case_and_says_so(data, tmp_path, capsys):
         open_cache(asked(data, tmp_path))
 
 
+def test_what_is_said_of_skipped_cases_has_its_place_however_long_it_is(data, tmp_path, monkeypatch):
+    expected, load = open_cache(asked(data, tmp_path / "whole")).path, building.load_case
+
+    def refuse(case):
+        if case.code == "A0A0A0":
+            return load(case)
+        raise InputError("\N{ANATOMICAL HEART}" * 2000)  # twelve bytes each as JSON
+
+    monkeypatch.setattr(building, "load_case", refuse)
+    cache = open_cache(asked(data, tmp_path, skip_bad=True))
+    assert [len(problem) for problem in cache.skipped] == [building.LONGEST_PROBLEM] * 2
+    with h5py.File(cache.path) as file, h5py.File(expected) as whole:
+        np.testing.assert_array_equal(file["images"][:15], whole["images"][:15])
+        assert file.attrs["size"] == 32
+
+
 def test_labelled_pixels_outside_the_crop_are_counted_and_warned_of(data, tmp_path, capsys):
     cache = open_cache(asked(data, tmp_path, size=16, spacing=1.0))
     out = capsys.readouterr().out
