@@ -9,11 +9,12 @@ Adam at a constant rate without a schedule, and channels_last, which is the fast
 VoxelMorph integrates, resizes and warps with its own layers.
 
 First every contestant takes every rate of --lrs for --sweep-steps steps; the one with the best Validation
-Dice goes on. They take turns of --turn steps, the next one always to whom has trained the shortest time,
-until the slowest has taken --steps: one run gives both comparisons. Time is this process's CPU time on one
-thread, which other work on the machine disturbs less than wall time; it counts the drawing of batches, not
-the scoring. Score: ED's label carried to ES against the expert's, Dice in 3-D on the cache's grid, every
---every steps. Of each budget the best checkpoint by Validation is the one whose Testing is shown.
+Dice goes on (OUT/seedK/contest/scores.csv has all scores). They take turns of --turn steps, the next one
+always to whom has trained the shortest time, until the slowest has taken --steps: one run gives both
+comparisons. Time is this process's CPU time on one thread, which other work on the machine disturbs less than
+wall time; it counts the drawing of batches, not the scoring. Score: ED's label carried to ES against the
+expert's, Dice in 3-D on the cache's grid, every --every steps. Of each budget the best checkpoint by
+Validation is the one whose Testing is shown, mean over --seeds contests.
 
 Stopped, the same command goes on from the last scoring. Other flags are those of train_registration.py.
 """
@@ -180,47 +181,39 @@ def take_turns(entrants, until, words, wait):
             entrant.score()
 
 
-def print_sweep(entrants, step):
-    """The learning rates' Validation Dice."""
-    lines = [[entrant.name, f"{entrant.lr:g}", f"{entrant.validation(step):.4f}"] for entrant in entrants]
-    title = ["contestant", "lr", f"Validation Dice at step {step}"]
-    print("\n" + aligned([title, *lines], markdown=True))
-
-
-def print_table(entrants, until=None):
-    """A row a contestant: its best checkpoint by Validation among those of the first `until` steps, or of all
-    its time.
+def best(entrant, until):
+    """What is shown of a contestant: steps, CPU minutes, and the scores of its best checkpoint by Validation
+    among those of the first `until` steps, or of all its time.
     """
-    title = ["contestant", "lr", "steps", "CPU minutes", "s a step", "best at step", "Validation"]
-    lines = [title + [f"Testing {name}" for name in (*REGIONS, "mean")] + ["folding %"]]
-    for entrant in entrants:
-        rows = [row for row in entrant.rows if until is None or row["step"] <= until]
-        best = max((r for r in rows if r["split"] == "Validation"), key=lambda row: row["mean"])
-        (test,) = (r for r in rows if r["split"] == "Testing" and r["step"] == best["step"])
-        steps, seconds = rows[-1]["step"], rows[-1]["cpu_seconds"]
-        lines.append([entrant.name, f"{entrant.lr:g}", str(steps), f"{seconds / 60:.1f}",
-                      f"{seconds / steps:.3f}", str(best["step"]), f"{best['mean']:.4f}",
-                      *(f"{test[name]:.4f}" for name in (*REGIONS, "mean")),
-                      f"{test['folding_percent']:.4f}"])  # fmt: skip
+    rows = [row for row in entrant.rows if until is None or row["step"] <= until]
+    found = max((row for row in rows if row["split"] == "Validation"), key=lambda row: row["mean"])
+    (test,) = (row for row in rows if row["split"] == "Testing" and row["step"] == found["step"])
+    scores = [found["mean"], *(test[name] for name in (*REGIONS, "mean")), test["folding_percent"]]
+    return [rows[-1]["step"], rows[-1]["cpu_seconds"] / 60, *scores]
+
+
+def print_table(contests, until=None):
+    """A row a contestant: mean over the contests of all seeds, standard deviation in brackets."""
+    title = ["contestant", "lr", "steps", "CPU minutes", "Validation"]
+    lines = [title + [f"Testing {name}" for name in (*REGIONS, "mean")] + ["folding, %"]]
+    for same in zip(*contests):
+        shown = np.array([best(entrant, until) for entrant in same])
+        rates = dict.fromkeys(f"{entrant.lr:g}" for entrant in same)
+        forms = (".0f", ".1f", *[".3f"] * 5, ".4f")
+        cells = [
+            f"{column.mean():{form}}" + (f" ({column.std():{form}})" if len(column) > 1 else "")
+            for column, form in zip(shown.T, forms)
+        ]
+        lines.append([same[0].name, ", ".join(rates), *cells])
     print(f"\nequal {'steps' if until else 'time'}\n\n{aligned(lines, markdown=True)}")
 
 
-def main():
-    parser = arguments(__doc__, "voxelmorph", size=96, spacing=1.5)
-    parser.add_argument("--lrs", type=float, nargs="+", default=[3e-4, 1e-3], help="learning rates")
-    parser.add_argument("--sweep-steps", type=int, default=600, help="of each contestant and learning rate")
-    parser.add_argument("--steps", type=int, default=3000, help="of the slowest contestant")
-    parser.add_argument("--every", type=int, default=200, help="steps between two scorings")
-    parser.add_argument("--turn", type=int, default=50, help="steps a turn")
-    words, others = parser.parse_known_args()
-    if words.every % words.turn or words.sweep_steps % words.every or words.steps % words.every:
-        parser.error("--every must be a multiple of --turn; --sweep-steps and --steps multiples of --every")
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", "torch.meshgrid")  # VoxelMorph's
-
+def contest(words, others, seed):
+    """Hold the contest of a seed, on from where it stopped; returns the finalists."""
     grid = ["--size", str(words.size), "--spacing", str(words.spacing), "--recipe", "strong"]
-    common = ["--data", str(words.data), "--out", str(words.out), "--cache", str(words.out / "cache")]
-    settings = parse(RegistrationSettings, [*common, *grid, *others], None, own=("contest",))
+    common = ["--data", str(words.data), "--cache", str(words.out / "cache"), "--seed", str(seed)]
+    typed = [*common, "--out", str(words.out / f"seed{seed}"), *grid, *others]
+    settings = parse(RegistrationSettings, typed, None, own=("contest",))
     cache, device = open_cache(settings), torch.device("cpu")
     training, validation, _ = cache.training_and_validation(settings.seed)
     cases = {"Training": training, "Validation": validation, "Testing": cache.split("Testing")}
@@ -240,9 +233,24 @@ def main():
         finalists.sort(key=lambda each: list(CONTESTANTS).index(each.name))
         take_turns(finalists, words.steps, words, wait=False)
         write_csv(folder / "scores.csv", COLUMNS, [row for entrant in entrants for row in entrant.rows])
-    print_sweep(entrants, words.sweep_steps)
-    print_table(finalists, words.steps)
-    print_table(finalists)
+    return finalists
+
+
+def main():
+    parser = arguments(__doc__, "voxelmorph", seeds=3, size=96, spacing=1.5)
+    parser.add_argument("--lrs", type=float, nargs="+", default=[3e-4, 1e-3], help="learning rates")
+    parser.add_argument("--sweep-steps", type=int, default=600, help="of each contestant and learning rate")
+    parser.add_argument("--steps", type=int, default=3000, help="of the slowest contestant")
+    parser.add_argument("--every", type=int, default=200, help="steps between two scorings")
+    parser.add_argument("--turn", type=int, default=50, help="steps a turn")
+    words, others = parser.parse_known_args()
+    if words.every % words.turn or words.sweep_steps % words.every or words.steps % words.every:
+        parser.error("--every must be a multiple of --turn; --sweep-steps and --steps multiples of --every")
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "torch.meshgrid")  # VoxelMorph's
+    contests = [contest(words, others, seed) for seed in range(words.seeds)]
+    print_table(contests, words.steps)
+    print_table(contests)
 
 
 if __name__ == "__main__":
