@@ -35,26 +35,17 @@ STEPS = (
 @script
 def main(argv):
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo"), help="folder for phantom and runs (default: demo)"
-    )
+    what = "folder for phantom and runs (default: demo)"
+    parser.add_argument("--out", type=Path, default=Path("demo"), help=what)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--seed", type=int, default=0, help="of the phantom and of training (default: 0)")
     arguments = parser.parse_args(argv)
     data, out = arguments.out / "phantom", arguments.out / "runs"
-    if not (data / phantom.CSV_NAME).exists():  # written last
+    if not phantom.is_whole(data):
         print(f"# python -m cardiac.phantom {data} --seed {arguments.seed}", flush=True)
         phantom.write_phantom(data, seed=arguments.seed)
-    common = [
-        "--data",
-        str(data),
-        "--out",
-        str(out),
-        "--device",
-        arguments.device,
-        "--seed",
-        str(arguments.seed),
-    ]
+    common = ["--data", str(data), "--out", str(out)]
+    common += ["--device", arguments.device, "--seed", str(arguments.seed)]
     for module, words in STEPS:
         command = [*common, *words.split()]
         print(f"\n# python {module.__name__}.py {shlex.join(command)}", flush=True)

@@ -162,6 +162,11 @@ def make_case(rng, vendor, frames=12, slices=None, size=128):
             "pathology": pathology, "affine": affine, "zooms": (*zooms.tolist(), seconds)}
 
 
+def is_whole(root):
+    """Whether there is a phantom at `root`, written to its end."""
+    return (root / CSV_NAME).exists()
+
+
 def write_phantom(root, training=12, validation=4, testing=24, unlabelled=2, frames=12, slices=None, size=128,
                   seed=0):
     """Write a dataset in the layout of M&Ms to the folder `root`; what the numbers mean is in OPTIONS.

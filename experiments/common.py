@@ -50,7 +50,7 @@ def results(path, columns, jobs, run):
 
 def phantom_in(folder):
     """The phantom dataset in a folder, written where there is none."""
-    if not (folder / phantom.CSV_NAME).exists():
+    if not phantom.is_whole(folder):
         phantom.write_phantom(folder)
     return folder
 
