@@ -8,6 +8,8 @@ import argparse
 import datetime
 import json
 import platform
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -30,16 +32,21 @@ def main():
     arguments = parser.parse_args()
     if unknown := set(arguments.sections) - set(SECTIONS):
         parser.error(f"no section {', '.join(sorted(unknown))}")
+    names = arguments.sections or SECTIONS
+    if len(names) > 1:  # a process each: the state of the memory that one leaves would change the next one's
+        for name in names:
+            rounds = ["--rounds", str(arguments.rounds)]
+            subprocess.run([sys.executable, "-m", "benchmarks", name, *rounds], cwd=ROOT, check=True)
+        return
     torch.set_num_threads(1)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in arguments.sections or SECTIONS:
-        tables = []
-        for title, text, rows in import_module(f"benchmarks.{name}").sections(arguments.rounds):
-            if isinstance(rows[0], Row):
-                rows = [vars(row) for row in rows]
-            tables.append({"title": title, "text": text, "rows": rows})
-            print(f"\n{title}", *(" | ".join(row) for row in cells(rows)), sep="\n", flush=True)
-        results[name] = {"machine": machine(), "tables": tables}
+    (name,), tables = names, []
+    for title, text, rows in import_module(f"benchmarks.{name}").sections(arguments.rounds):
+        if isinstance(rows[0], Row):
+            rows = [vars(row) for row in rows]
+        tables.append({"title": title, "text": text, "rows": rows})
+        print(f"\n{title}", *(" | ".join(row) for row in cells(rows)), sep="\n", flush=True)
+    results[name] = {"machine": machine(), "tables": tables}
     RESULTS.write_text(json.dumps({name: results[name] for name in SECTIONS if name in results}, indent=1))
     write_page(results)
     draw(results)

@@ -13,6 +13,7 @@ from cardiac import LABELS
 from cardiac.cases import VENDORS, load_case
 from cardiac.files import InputError, Parser, shown
 from cardiac.layouts import read_cases
+from cardiac.metrics import volume_ml
 
 
 def main(argv=None):
@@ -45,10 +46,9 @@ def main(argv=None):
 
 def _volumes_ml(case, labels):
     """{(phase, region): ml} of the expert labels of a case."""
-    voxel = case.spacing[0] * case.spacing[1] * case.spacing[2] / 1000
     phases = {"ED": case.ed, "ES": case.es} if labels else {}
     return {
-        (phase, region): voxel * int((labels[frame] == value).sum())
+        (phase, region): volume_ml(labels[frame] == value, case.spacing)
         for phase, frame in phases.items()
         for region, value in LABELS.items()
     }
