@@ -49,13 +49,14 @@ def build(path, dataset, wanted, settings):
     """
     cases = dataset.good(settings.skip_bad)
     (places, rows), grid = places_of(cases), [wanted[name] for name in PREPROCESSING]
-    made_from = hashlib.sha256(json.dumps([SCHEMA, grid, places]).encode()).hexdigest()
+    made_from = hashlib.sha256(json.dumps([SCHEMA, grid, places, rows]).encode()).hexdigest()
     file, sources = building_folder(path) / f"{path.name}.building", json.dumps(wanted["sources"])
     if not _laid_out(file, made_from, sources):
         shutil.rmtree(building_folder(path), ignore_errors=True)
         _lay_out(file, made_from, sources, wanted, rows, len(cases))
     with h5py.File(file) as laid_out:
-        offsets = {name: dataset.id.get_offset() for name, dataset in laid_out.items()}
+        offsets = {name: array.id.get_offset() for name, array in laid_out.items()}
+        room = {name: array.nbytes for name, array in laid_out.items()}
 
     def arguments(case):
         place, area = places[case.code], settings.size**2
@@ -69,7 +70,8 @@ def build(path, dataset, wanted, settings):
         results = parts.results(run, _preprocess, cases, arguments)
         for case, result in zip(cases, tqdm(results, "cache", len(cases), unit="case")):
             if "problem" in result:
-                problems.append(result["problem"][:LONGEST_PROBLEM])
+                parts.forget(case)  # it may be another one next time: mended, or readable again
+                problems.append(result["problem"])
                 if settings.skip_bad:
                     continue
                 raise refusal(problems, settings.data)
@@ -78,8 +80,11 @@ def build(path, dataset, wanted, settings):
             found.append({"code": case.code, **places[case.code], **result["place"]})
     if not found:
         raise InputError(f"{dataset.root}: no case could be read")
-    texts = {"cases": json.dumps(found), "sources": sources, "skipped": json.dumps(problems)}
-    write_in_place(file, {offsets[name]: text.encode() for name, text in texts.items()})
+    kept = [problem[:LONGEST_PROBLEM] for problem in problems]
+    texts = {"cases": json.dumps(found), "sources": sources, "skipped": json.dumps(kept)}
+    # to the end of their place, where an attempt that was killed may have left a longer one
+    texts = {name: text.encode().ljust(room[name], b"\0") for name, text in texts.items()}
+    write_in_place(file, {offsets[name]: text for name, text in texts.items()})
     os.replace(file, path)
     sync_folder(path.parent)
 
@@ -118,6 +123,8 @@ def _preprocess(case, size, spacing, crop, file, images_at, labels_at):
     """
     try:
         image, labels, warnings = load_case(case)
+        if {image.shape, *((*each.shape, case.shape[3]) for each in labels.values())} != {case.shape}:
+            raise InputError(f"{case.code}: {case.image}: changed while it was read; start again")
     except InputError as error:
         return {"problem": str(error)}
     images, grid = to_slices(image, case.spacing, size, spacing, crop)

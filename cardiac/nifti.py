@@ -49,7 +49,7 @@ def read_header(path, dimensions=(4,)):
     if min(shape) < 1:
         raise fault(path, f"empty volume ({times(shape)})")
     claimed, on_disk = math.prod(shape) * dtype.itemsize + offset, Path(path).stat().st_size
-    if math.prod(shape) * max(dtype.itemsize, 4) > LARGEST:
+    if math.prod(shape) * max(dtype.itemsize, 4) + offset > LARGEST:
         raise fault(path, f"header claims {claimed / 2**30:,.1f} GiB; no more than 2 GiB are read")
     if claimed > on_disk * (DEFLATE if _is_gzip(path) else 1):
         raise fault(path, f"truncated, or a wrong header: {claimed:,} bytes claimed, {on_disk:,} there")
@@ -121,7 +121,7 @@ def _read(path, size):
             return content.data[:size]
     with _open(path) as file:  # not packed, in several parts, or not what its header says
         content = file.read(size)
-        file.read(1)  # the end, where a checksum is compared
+        file.read(1)  # the end, where a checksum is compared; of what follows the voxels no more is read
     if len(content) < size:
         raise EOFError(f"{len(content):,} of {size:,} bytes")
     return content

@@ -46,6 +46,10 @@ class Parts:
                 next(made)
             yield read_part(path)
 
+    def forget(self, case):
+        """Remove the part of a case."""
+        self._path(case).unlink(missing_ok=True)
+
     def _path(self, case):
         text = json.dumps([self.made_from, case.identity()], sort_keys=True)
         return self.folder / f"{case.code}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -65,7 +69,7 @@ def write_part(path, result):
     kinds = {name: (array.dtype.str, array.shape) for name, array in arrays.items()}
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(json.dumps([values, kinds]).encode() + b"\n")
-        for array in arrays.values():  # no copy: a case of the cache is 18 MB
+        for array in arrays.values():  # no copy: a case's labels are megabytes
             file.write(np.ascontiguousarray(array))
 
 

@@ -8,6 +8,8 @@ import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
 
+SLOW = ("torch", "h5py", "nibabel", "scipy.ndimage", "scipy.sparse", "scipy.stats", "matplotlib.figure")
+
 
 @contextlib.contextmanager
 def worker_pool(workers, jobs):
@@ -23,8 +25,9 @@ def worker_pool(workers, jobs):
         return
     # forked from a server, since a fork of a process that holds CUDA or threads may hang
     context = multiprocessing.get_context("forkserver")
-    # slow to import: once, not in every worker. "__main__" here would load nothing (seen in Python 3.11).
-    context.set_forkserver_preload([name for name in sys.modules if name.startswith("cardiac.")])
+    # slow to import: once, not in every worker. Not our own modules, which the server would look for in the
+    # working directory first; "__main__" would load nothing (both seen in Python 3.11).
+    context.set_forkserver_preload([name for name in SLOW if name in sys.modules])
     with ProcessPoolExecutor(count, context, _end_with_parent) as pool:
 
         def run(function, arguments):

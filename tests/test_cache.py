@@ -218,7 +218,7 @@ def test_what_is_said_of_skipped_cases_has_its_place_however_long_it_is(data, tm
     def refuse(case):
         if case.code == "A0A0A0":
             return load(case)
-        raise InputError("\N{ANATOMICAL HEART}" * 2000)  # twelve bytes each as JSON
+        raise InputError("\N{ANATOMICAL HEART}" * 2000)  # twelve bytes each as JSON, the most there are
 
     monkeypatch.setattr(building, "load_case", refuse)
     cache = open_cache(asked(data, tmp_path, skip_bad=True))
@@ -226,6 +226,36 @@ def test_what_is_said_of_skipped_cases_has_its_place_however_long_it_is(data, tm
     with h5py.File(cache.path) as file, h5py.File(expected) as whole:
         np.testing.assert_array_equal(file["images"][:15], whole["images"][:15])
         assert file.attrs["size"] == 32
+
+
+@pytest.mark.parametrize("frames", [4, 6, 9])
+def test_a_case_that_changes_while_it_is_read_touches_no_other(data, tmp_path, monkeypatch, frames):
+    load = building.load_case
+
+    def exchanged(case):
+        image, labels, warnings = load(case)
+        if case.code == "C0C0C0":  # the last
+            image = np.concatenate([image] * 2, -1)[..., :frames]
+        return image, labels, warnings
+
+    monkeypatch.setattr(building, "load_case", exchanged)
+    with pytest.raises(InputError, match="C0C0C0.*changed while it was read"):
+        open_cache(asked(data, tmp_path))
+    monkeypatch.setattr(building, "load_case", load)
+    cache, whole = open_cache(asked(data, tmp_path)), open_cache(asked(data, tmp_path / "whole"))
+    assert cache.path.read_bytes() == whole.path.read_bytes()
+
+
+def test_a_case_that_could_not_be_read_for_a_while_is_read_again(data, tmp_path, monkeypatch):
+    def fail(case):
+        raise InputError(f"{case.code}: Input/output error")
+
+    load = building.load_case
+    monkeypatch.setattr(building, "load_case", fail)
+    with pytest.raises(InputError, match="Input/output"):
+        open_cache(asked(data, tmp_path))
+    monkeypatch.setattr(building, "load_case", load)
+    assert len(open_cache(asked(data, tmp_path)).cases) == 3
 
 
 def test_labelled_pixels_outside_the_crop_are_counted_and_warned_of(data, tmp_path, capsys):

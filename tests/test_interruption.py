@@ -5,6 +5,7 @@ moments.
 """
 
 import contextlib
+import dataclasses
 import errno
 import itertools
 import os
@@ -17,12 +18,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import h5py
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from conftest import SHORT, TINY
+from datasets import MMS_CASES, heart
 from PIL import Image
 from snapshot import content, differences, snapshot
 
@@ -32,6 +35,7 @@ import train_registration
 import train_segmentation
 from cardiac import building, cache, evaluation, files, propagation, report
 from cardiac.checkpoint import write_checkpoint
+from cardiac.files import InputError
 from cardiac.nifti import write_labels
 from cardiac.parts import PARTS, write_part
 from cardiac.propagation import Propagated
@@ -261,6 +265,63 @@ def test_the_cache_goes_on_with_the_case_at_which_it_was_killed(whole, tmp_path,
     assert len(done) == len(set(done)) == 7
     assert {path.name for path in tmp_path.iterdir()} == {"MnM.h5", ".MnM.h5.lock"}
     assert content(tmp_path / "MnM.h5") == content(Path(whole[2]) / "MnM.h5")
+
+
+def replace_all_but_h5(source, target, replace=os.replace):
+    """`os.replace`, killed where the cache gets its name."""
+    if Path(target).suffix == ".h5":
+        raise Killed
+    replace(source, target)
+
+
+def exchange(data, code, frames):
+    """Another file for a case, of so many frames."""
+    tiny = next(tiny for tiny in MMS_CASES if tiny.code == code)
+    image, labels = heart((40, 36, 3, frames), tiny.ed, tiny.es, seed=9)
+    experts = np.zeros_like(labels)
+    if tiny.labelled:
+        experts[..., [tiny.ed, tiny.es]] = labels[..., [tiny.ed, tiny.es]]
+    for kind, array in (("sa", image.astype(np.int16)), ("sa_gt", experts)):
+        datasets.write_nifti(data / tiny.folder / code / f"{code}_{kind}.nii.gz", array)
+
+
+@pytest.mark.parametrize("code", ["A0A0A0", "D1A1A1", "E2D2D2"])  # the first, one between, the last
+@pytest.mark.parametrize("frames", [5, 6, 7])
+@pytest.mark.parametrize("size", [32, 48])
+def test_a_killed_cache_goes_on_with_what_is_still_the_same_alone(whole, tmp_path, code, frames, size):
+    data = shutil.copytree(whole[0], tmp_path / "MnM")
+    settings = Settings(data=data, cache=tmp_path / "cache", size=32, spacing=2.0, workers=1)
+    with pytest.MonkeyPatch.context() as patch:
+        killed_at(patch, building, "_preprocess", 7, [])
+        with pytest.raises(Killed):
+            cache.open_cache(settings)
+    exchange(data, code, frames)
+    settings = dataclasses.replace(settings, size=size)
+    found = cache.open_cache(settings)
+    fresh = cache.open_cache(dataclasses.replace(settings, cache=tmp_path / "fresh"))
+    assert content(found.path) == content(fresh.path)
+    assert cache.open_cache(settings) == found, "built again"
+
+
+def test_what_was_skipped_before_a_kill_and_is_mended_is_not_said_any_more(whole, tmp_path, monkeypatch):
+    data = shutil.copytree(whole[0], tmp_path / "MnM")
+    settings = Settings(data=data, cache=tmp_path / "cache", size=32, spacing=2.0, workers=1, skip_bad=True)
+    load = building.load_case
+
+    def refuse(case):
+        if case.code == "A0A0A0":
+            raise InputError("A0A0A0: not readable for now")
+        return load(case)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "load_case", refuse)
+        patch.setattr(building.os, "replace", replace_all_but_h5)
+        with pytest.raises(Killed):
+            cache.open_cache(settings)
+    found = cache.open_cache(settings)
+    assert found.skipped == ()
+    assert len(found.cases) == 7
+    assert cache.open_cache(settings) == found
 
 
 RUNS = {

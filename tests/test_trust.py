@@ -87,13 +87,13 @@ def test_a_slice_that_one_phase_lacks_is_given_up_once_from_where_the_images_are
         ((0.0, 0.0, 0.0, 0.0, 0.0), 4),  # the nearer half and no more
     ):
         # worse where the label lies, better in the slice as a whole
-        there.residual = torch.tensor(differences).view(5, 1, 1, 1) * (labels > 0)
-        elapsed = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.6])
-        phases = {"ED": there, "ES": missing}
-        if alone == "ES":
-            phases, elapsed = {"ED": missing, "ES": there}, 1 - elapsed
-        _, _, sources = trust.fuse(phases, {"ED": 1 - elapsed, "ES": elapsed})
-        assert sources[alone][:, 0].tolist() == [k < still for k in range(5)]
+        for order in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 0, 1, 4, 3]):  # away from the phase, towards it
+            there.residual = torch.tensor(differences)[order].view(5, 1, 1, 1) * (labels > 0)
+            away = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.6])[order]
+            phases = {alone: there, "ES" if alone == "ED" else "ED": missing}
+            nearness = {phase: 1 - away if phase == alone else away for phase in phases}
+            _, _, sources = trust.fuse(phases, nearness)
+            assert sources[alone][:, 0].tolist() == [k < still for k in order]
 
 
 def test_one_known_phase_is_trusted_by_its_fit_alone():
