@@ -3,12 +3,14 @@
 import gzip
 import shutil
 import struct
+import tracemalloc
 
 import nibabel as nib
 import numpy as np
 import pytest
 from datasets import MMS_CASES, SPACING, TABLE, Tiny, heart, write_acdc, write_mms, write_nifti, write_table
 
+from cardiac import nifti
 from cardiac.cases import load_case
 from cardiac.check import main as check
 from cardiac.files import InputError
@@ -365,3 +367,43 @@ def test_check_without_a_good_case(tmp_path, capsys):
     assert "0 good cases, 1 problems" in capsys.readouterr().out
     with pytest.raises(InputError, match="no such file"):
         read_cases(tmp_path).good(skip_bad=True)
+
+
+# ------------------------------------------------------------------------------------- unpacking in pieces
+
+CONTENT = np.random.default_rng(0).integers(0, 99, 5000, np.uint8).tobytes()
+PACKED, IN_TWO = gzip.compress(CONTENT), gzip.compress(CONTENT[:999]) + gzip.compress(CONTENT[999:])
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1000, 2**18])
+@pytest.mark.parametrize("size", [5000, 4999, 4990, 1])
+@pytest.mark.parametrize("packed", [PACKED, IN_TWO, PACKED + bytes(9), PACKED + b"x"])
+def test_what_is_packed_is_unpacked_in_pieces(tmp_path, monkeypatch, piece, size, packed):
+    monkeypatch.setattr(nifti, "PIECE", piece)
+    (tmp_path / "a.gz").write_bytes(packed)
+    assert bytes(nifti._read(tmp_path / "a.gz", size)) == CONTENT[:size]
+
+
+WRONG_SUM = PACKED[:-8] + bytes([PACKED[-8] ^ 1]) + PACKED[-7:]
+
+
+@pytest.mark.parametrize("piece", [7, 2**18])
+@pytest.mark.parametrize(
+    ("packed", "size"),
+    [(PACKED, 5001), (WRONG_SUM, 5000), *((PACKED[:-cut], 5000) for cut in (1, 4, 8, 9, 1000)), (b"", 1)],
+)
+def test_what_is_cut_or_damaged_is_refused(tmp_path, monkeypatch, piece, packed, size):
+    monkeypatch.setattr(nifti, "PIECE", piece)
+    (tmp_path / "a.gz").write_bytes(packed)
+    with pytest.raises(nifti.UNREADABLE):
+        nifti._read(tmp_path / "a.gz", size)
+
+
+def test_what_expands_beyond_its_claim_is_not_unpacked(tmp_path, monkeypatch):
+    (tmp_path / "a.gz").write_bytes(gzip.compress(bytes(2**24)))
+    tracemalloc.start()
+    try:
+        assert bytes(nifti._read(tmp_path / "a.gz", 1000)) == bytes(1000)
+        assert tracemalloc.get_traced_memory()[1] < 2**21
+    finally:
+        tracemalloc.stop()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -206,6 +207,35 @@ def test_no_more_than_two_jobs_a_worker_wait():
 def test_an_error_in_a_worker_arrives_as_it_is(workers):
     with pytest.raises(ValueError, match="'three'"), worker_pool(workers, 4) as run:
         list(run(int, [("1",), ("2",), ("three",), ("4",)]))
+
+
+WHERE = """
+from cardiac import parts
+from cardiac.workers import worker_pool
+
+def where():
+    return parts.__file__
+
+if __name__ == "__main__":
+    with worker_pool(2, 2) as run:
+        print(*{where(), *run(where, [(), ()])})
+"""
+
+
+def test_workers_run_the_code_of_their_parent_whatever_lies_in_the_working_directory(tmp_path):
+    (tmp_path / "there" / "cardiac").mkdir(parents=True)
+    for name in ("__init__", "parts", "workers"):
+        (tmp_path / "there" / "cardiac" / f"{name}.py").write_text("")
+    (tmp_path / "parent.py").write_text(WHERE)
+    root = Path(files.__file__).parent.parent
+    found = subprocess.run(
+        [sys.executable, str(tmp_path / "parent.py")],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        cwd=tmp_path / "there",
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout.split() == [str(root / "cardiac" / "parts.py")], found.stderr
 
 
 PARENT = """
