@@ -83,7 +83,7 @@ def load_case(case):
     """
     try:
         image, labels, warnings = read_image(case.image), load_labels(case), []
-        flat = [t for t in range(case.shape[3]) if image[..., t].min() == image[..., t].max()]
+        flat = [t for t in range(case.shape[3]) if _constant(image[..., t])]
         if any(t in flat for t in labels):
             raise fault(case.image, f"constant in frame {joined(flat)}, which has labels; download it again")
     except InputError as error:
@@ -93,6 +93,12 @@ def load_case(case):
     if _looks_swapped(labels.values()):
         warnings.append(f"{case.code}: LV and RV look swapped: the myocardium encloses label 3, not label 1")
     return image, labels, warnings
+
+
+def _constant(frame):
+    """Whether the voxels (X, Y, Z) are all the same; most frames are known by their first slice."""
+    first = frame[0, 0, 0]
+    return bool((frame[..., 0] == first).all() and (frame == first).all())
 
 
 # -------------------------------------------------------------------------------------------------- labels
@@ -123,8 +129,7 @@ def _looks_swapped(labels):
     beside = np.zeros((4, 4))  # how often one label lies beside another within a slice
     for label in labels:
         for one, other in ((label[1:], label[:-1]), (label[:, 1:], label[:, :-1])):
-            counts = np.bincount((4 * one + other).ravel(), minlength=16).reshape(4, 4)
+            counts = np.bincount((4 * one + other)[one != other], minlength=16).reshape(4, 4)
             beside += counts + counts.T
-    np.fill_diagonal(beside, 0)
     enclosed = beside[:, MYO] / beside.sum(axis=1).clip(1)
     return enclosed[RV] > enclosed[LV] > 0
