@@ -34,8 +34,7 @@ def script(main):
     files go and the training loop saves. Under torchrun the first process speaks for all.
     """
 
-    @functools.wraps(main)
-    def entry(argv=None):
+    def run(argv):
         arrived = []
 
         def leave(number, frame):
@@ -60,6 +59,13 @@ def script(main):
                 message += ", without --overwrite"
         if parallel.RANK == 0:
             print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+        return code
+
+    @functools.wraps(main)
+    def entry(argv=None):
+        code = run(argv)
+        if parallel.LAUNCHED:
+            parallel.leave(code)
         return code
 
     return entry
