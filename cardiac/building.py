@@ -52,7 +52,7 @@ def build(path, dataset, wanted, settings):
     made_from = hashlib.sha256(json.dumps([SCHEMA, grid, places, rows]).encode()).hexdigest()
     file, sources = building_folder(path) / f"{path.name}.building", json.dumps(wanted["sources"])
     if not _laid_out(file, made_from, sources):
-        shutil.rmtree(building_folder(path), ignore_errors=True)
+        shutil.rmtree(file.parent, ignore_errors=True)
         _lay_out(file, made_from, sources, wanted, rows, len(cases))
     with h5py.File(file) as laid_out:
         offsets = {name: array.id.get_offset() for name, array in laid_out.items()}

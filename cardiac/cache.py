@@ -201,8 +201,9 @@ def _misfit(path, wanted, rows):
     try:
         with h5py.File(path) as file:
             found = {name: file.attrs.get(name) for name in ("schema", *PREPROCESSING)}
-            texts = {name: hdf5_dataset(file, name)[()] for name in ("cases", "sources", "skipped")}
-            found["sources"] = {name: json.loads(text) for name, text in texts.items()}["sources"]
+            found["sources"], *_ = (
+                json.loads(hdf5_dataset(file, name)[()]) for name in ("sources", "cases", "skipped")
+            )
             shapes = {name: hdf5_dataset(file, name).shape for name in rows}
     except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
         return f"the file there is not readable ({str(error).splitlines()[0]})"

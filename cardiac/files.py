@@ -43,6 +43,16 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextlib.contextmanager
+def _named(path):
+    """Say which file it was in an OSError of the block: a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path):
     """Give a temporary path beside `path`; rename it to `path` when the block ends well, else remove it.
 
@@ -54,14 +64,12 @@ def replacing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say which file it was
-        raise
+        with _named(path):
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -85,16 +93,12 @@ def writing_hdf5(path, size):
 
 def write_in_place(path, pieces):
     """Write {offset: bytes or a C-contiguous array} into the file at `path`, and bring it to the disk."""
-    try:
-        with open(path, "rb+") as file:
-            for offset, piece in pieces.items():
-                file.seek(offset)
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+    with _named(path), open(path, "rb+") as file:
+        for offset, piece in pieces.items():
+            file.seek(offset)
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def hdf5_dataset(file, name):

@@ -8,6 +8,7 @@ import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
 
+# libraries in use here that take long to import
 SLOW = ("torch", "h5py", "nibabel", "scipy.ndimage", "scipy.sparse", "scipy.stats", "matplotlib.figure")
 
 

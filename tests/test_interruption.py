@@ -303,7 +303,7 @@ def test_a_killed_cache_goes_on_with_what_is_still_the_same_alone(whole, tmp_pat
     assert cache.open_cache(settings) == found, "built again"
 
 
-def test_what_was_skipped_before_a_kill_and_is_mended_is_not_said_any_more(whole, tmp_path, monkeypatch):
+def test_what_was_skipped_before_a_kill_and_is_mended_is_not_said_any_more(whole, tmp_path):
     data = shutil.copytree(whole[0], tmp_path / "MnM")
     settings = Settings(data=data, cache=tmp_path / "cache", size=32, spacing=2.0, workers=1, skip_bad=True)
     load = building.load_case
