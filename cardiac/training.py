@@ -82,7 +82,7 @@ class Run:
     def __init__(self, task, settings, folder, device):
         self.task, self.settings, self.folder, self.device = task, settings, folder, device
         self.network = task.network.to(device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=settings.lr)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=settings.lr, fused=True)
         self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, factor=0.1, patience=settings.patience
         )
