@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import torch
 
 from cardiac import REGIONS
 from cardiac.cache import Cache
@@ -39,23 +40,28 @@ COMPARISON = ("group", "mean_difference", "low", "high", "p", "n")
 # -------------------------------------------------------------------------------- predictions, scores
 
 
-def regions_on_own_grid(network, slices, grid):
-    """Softmax of LV, MYO, RV (3, X, Y, Z) of slices (Z, 1, S, S), on a `Grid`; 0 outside the crop."""
-    probabilities = segment(network, slices)[:, 1:].transpose(0, 1).cpu().numpy()
-    return grid.from_slices(probabilities).transpose(0, 2, 3, 1)
+def regions_on_own_grid(network, frames, grid):
+    """Softmax of LV, MYO, RV (3, X, Y, Z) of each of `frames` (F, Z, 1, S, S), on a `Grid`; 0 outside the crop.
+
+    Yields them in order; all slices of all frames go through the network together, in its batches.
+    """
+    regions = segment(network, frames.flatten(0, 1))[:, 1:].unflatten(0, frames.shape[:2])
+    for slices in regions.transpose(1, 2).cpu().numpy():
+        yield grid.from_slices(slices).transpose(0, 2, 3, 1)
 
 
 def predict(network, store, frames):
-    """Labels (X, Y, Z, T) uint8 of the one case in `store`, 0 in other frames, and {frame: softmax (4, X, Y,
-    Z)}.
+    """Labels (X, Y, Z, T) uint8 of the one case in `store`, 0 in frames other than `frames`, and {frame:
+    softmax (4, X, Y, Z)} of ED and ES.
     """
     (case,) = store.cases
     labels, softmax = np.zeros(case.shape, np.uint8, order="F"), {}  # as NIfTI has it
-    for frame in frames:
-        slices = store.frame(case, frame)
-        regions = regions_on_own_grid(network, slices, case.grid(store.cache))
+    slices = store.images(torch.from_numpy(np.concatenate([case.rows(frame) for frame in frames])))
+    slices = slices.unflatten(0, (len(frames), case.slices))
+    for frame, regions in zip(frames, regions_on_own_grid(network, slices, case.grid(store.cache))):
         labels[..., frame] = most_likely(regions)
-        softmax[frame] = np.concatenate([1 - regions.sum(0, keepdims=True), regions])
+        if frame in case.phases.values():
+            softmax[frame] = np.concatenate([1 - regions.sum(0, keepdims=True), regions])
     return labels, softmax
 
 
@@ -68,7 +74,6 @@ def score_model(model, network, cache, cases, settings, device, folder, parts=UN
         store = SliceStore(cache, [case], device)
         frames = range(case.frames) if settings.all_frames else (case.ed, case.es)
         prediction, softmax = predict(network, store, frames)
-        softmax = {frame: softmax[frame] for frame in (case.ed, case.es)}
         path = folder / f"{case.code}_sa_pred.nii.gz"
         return case, prediction, softmax, path, settings.largest_component
 

@@ -103,10 +103,10 @@ def predict_scan(folder, file, network, settings, device):
     spacing, dimensions = spacing_of(header, file), image.ndim
     image = image.reshape(*image.shape[:3], -1)
     slices, grid = to_slices(image, spacing, settings.size, settings.spacing, settings.crop)
-    slices = torch.from_numpy(slices).unflatten(0, (image.shape[3], image.shape[2]))
+    slices = torch.from_numpy(slices).unflatten(0, (image.shape[3], image.shape[2]))[:, :, None]
     labels = np.zeros(image.shape, np.uint8, order="F")
-    for frame, planes in enumerate(slices):
-        prediction = most_likely(regions_on_own_grid(network, planes[:, None].to(device).float(), grid))
+    for frame, regions in enumerate(regions_on_own_grid(network, slices.to(device).float(), grid)):
+        prediction = most_likely(regions)
         labels[..., frame] = largest_component(prediction) if settings.largest_component else prediction
     volumes = [
         {region: volume_ml(labels[..., frame] == label, spacing) for region, label in LABELS.items()}

@@ -307,8 +307,8 @@ def test_ed_and_es_are_the_largest_and_the_smallest_lv(evaluated, tmp_path, monk
     """A network that knows the truth finds the phases, the volumes and the ejection fraction."""
     image, labels = heart((40, 36, 3, 6), 4, 1)
     write_nifti(tmp_path / "scan.nii.gz", image)
-    frames = iter(range(6))
-    monkeypatch.setattr(predict, "regions_on_own_grid", lambda *_: one_hot(labels[..., next(frames)]))
+    regions = [one_hot(labels[..., frame]) for frame in range(6)]
+    monkeypatch.setattr(predict, "regions_on_own_grid", lambda *_: iter(regions))
     settings = EvaluationSettings(predict=(tmp_path,), size=32, spacing=2.0)
     found = predict.predict_scan(
         tmp_path / "out", tmp_path / "scan.nii.gz", None, settings, torch.device("cpu")
