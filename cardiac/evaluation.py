@@ -41,7 +41,7 @@ COMPARISON = ("group", "mean_difference", "low", "high", "p", "n")
 
 
 def regions_on_own_grid(network, frames, grid):
-    """Softmax of LV, MYO, RV (3, X, Y, Z) on a `Grid` of each of `frames` (F, Z, 1, S, S); 0 outside the crop.
+    """Softmax of LV, MYO, RV (3, X, Y, Z) of each of `frames` (F, Z, 1, S, S) on a `Grid`; 0 outside it.
 
     Yields them in order; all slices of all frames go through the network together, in its batches.
     """
