@@ -1,7 +1,8 @@
 """Rewrites the tables and the picture of docs/benchmarks.md: `python -m benchmarks [SECTION ...]`.
 
-Sections: registration, segmentation, data, propagation, scale; without names all of them. The end of the
-page, written by hand, stays. Needs `pip install -e '.[bench]'` and `pip install --no-deps voxelmorph==0.2`.
+Sections: registration, segmentation, data, propagation, host, scale; without names all of them. The end of
+the page, written by hand, stays. Needs `pip install -e '.[bench]'` and `pip install --no-deps
+voxelmorph==0.2`.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import torch
 from benchmarks.common import ROOT, Row
 from cardiac.run import describe
 
-SECTIONS = ("registration", "segmentation", "data", "propagation", "scale")
+SECTIONS = ("registration", "segmentation", "data", "propagation", "host", "scale")
 PAGE, RESULTS, PICTURE = (ROOT / "docs" / f"benchmarks.{kind}" for kind in ("md", "json", "png"))
 BY_HAND = "<!-- from here on written by hand -->"
 

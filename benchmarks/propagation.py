@@ -42,16 +42,10 @@ def propagating(folder, rounds):
             register(*arguments)
 
     times = in_turn({"whole": whole, "network": networks_alone}, rounds)
-    batches_of_a_gpu = mock.patch.object(networks, "_inference_batch", return_value=64)
-    with torch.profiler.profile() as profiler, batches_of_a_gpu:
-        whole()
-    operations = [event for event in profiler.events() if event.name.startswith("aten::")]
-    asked = sum(e.cpu_parent is None or not e.cpu_parent.name.startswith("aten::") for e in operations)
     limit = {"at_most": 60.0} if DEVICE.type == "cuda" else {}
     return [
         milliseconds("propagating a case", times["whole"]),
         ratio("... of which the network", times["network"], times["whole"]),
-        Row("... operations that a GPU would be asked for", [asked]),
         Row(f"a whole M&Ms: {CASES} such cases", list(CASES * times["whole"]), "s", **limit),
     ]
 

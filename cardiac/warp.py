@@ -13,6 +13,8 @@ where pixels become normalised coordinates. All of it runs in float32 outside au
 is off by up to a third of a pixel at 192 pixels.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -77,10 +79,13 @@ def _sampling_grid(displacement):
     backward pass of `grid_sample` would read and write outside its tensors.
     """
     height, width = displacement.shape[-2:]
-    options = {"device": displacement.device, "dtype": displacement.dtype}
-    rows = (2 * torch.arange(height, **options) + 1) / height - 1
-    columns = (2 * torch.arange(width, **options) + 1) / width - 1
-    along_width = columns + displacement[:, 1] * (2 / width)
-    along_height = rows[:, None] + displacement[:, 0] * (2 / height)
+    along_width = _pixels(width, displacement.device) + displacement[:, 1] * (2 / width)
+    along_height = _pixels(height, displacement.device)[:, None] + displacement[:, 0] * (2 / height)
     planes = torch.stack([along_width, along_height], dim=1).nan_to_num_(nan=0.0)
     return planes.permute(0, 2, 3, 1)
+
+
+@functools.cache  # a step asks for the same ones ten times, and each would be five launches on a GPU
+def _pixels(count, device):
+    """Normalised coordinates (N,) of the pixels along an axis, float32."""
+    return (2 * torch.arange(count, device=device, dtype=torch.float32) + 1) / count - 1

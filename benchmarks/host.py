@@ -1,0 +1,84 @@
+"""What a GPU would wait for: the processor's part of the work, Python and PyTorch's dispatch.
+
+Slices of 16 x 16 are next to no arithmetic, and PyTorch is asked for the same operations as with large ones.
+What is left is about what the processor needs to keep a GPU busy; launching kernels comes on top, and where a
+GPU is fast the work cannot be faster than this.
+"""
+
+import contextlib
+import io
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import propagate_labels
+import train_registration
+import train_segmentation
+from benchmarks.common import CPU, Row, cache_of, in_turn, milliseconds
+from benchmarks.propagation import CASES
+from cardiac import networks
+from cardiac.settings import PropagationSettings, RegistrationSettings, SegmentationSettings
+from cardiac.slices import LabelledSlices, SliceStore
+from cardiac.training import Run
+
+SIZE, CALLS = 16, 20
+BATCHES_OF_A_GPU = mock.patch.object(networks, "_inference_batch", return_value=64)
+
+
+def strong(kind, **words):
+    """Settings of the strong recipe."""
+    return kind(**{**kind.STRONG, "recipe": "strong", **words})
+
+
+def work(folder):
+    """{what: function} of a step of each training, as the loop makes it, and of propagating a case."""
+    cache = cache_of(folder / "small.h5", 4, 25, 10, SIZE)
+    store = SliceStore(cache, cache.cases, CPU)
+    settings = strong(RegistrationSettings, steps_per_epoch=10**6)
+    registration = train_registration.Registration(settings, store, store)
+    settings = strong(SegmentationSettings, steps_per_epoch=10**6, channels=8)
+    segmentation = train_segmentation.Segmentation(settings, LabelledSlices(store), store)
+    found = {}
+    for name, task in (("registration", registration), ("segmentation", segmentation)):
+        run = Run(task, task.settings, folder, CPU)
+        run.begin().bar.disable = True
+        found[f"{name}: a step"] = run.step
+    network = networks.RegistrationNetwork(guided=True).eval()
+    settings = strong(PropagationSettings)
+
+    def propagating():
+        with contextlib.redirect_stderr(io.StringIO()), BATCHES_OF_A_GPU:
+            propagate_labels.propagate_case(network, cache, cache.cases[0], settings, CPU)
+
+    return {**found, "propagating a case": propagating}
+
+
+def operations(function):
+    """How many operations PyTorch is asked for in a call."""
+    with torch.profiler.profile() as profiler:
+        function()
+    found = [event for event in profiler.events() if event.name.startswith("aten::")]
+    return sum(e.cpu_parent is None or not e.cpu_parent.name.startswith("aten::") for e in found)
+
+
+def sections(rounds):
+    """(title, what it says, rows) of the table."""
+    quiet = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(quiet):
+        functions = work(Path(folder))
+        repeated = {name: lambda f=f: [f() for _ in range(CALLS)] for name, f in functions.items()}
+        times = {name: taken / CALLS for name, taken in in_turn(repeated, rounds).items()}
+        rows = []
+        for name, function in functions.items():
+            rows += [milliseconds(name, times[name]), Row("... operations", [operations(function)])]
+    a_step, another, a_case = times.values()
+    minutes, seconds = 20_000 * (a_step + 2 * another) / 60, CASES * a_case
+    rows.append(Row("training by default: 20,000 steps of each of the three networks", list(minutes), "min"))
+    rows.append(Row(f"propagating a whole M&Ms: {CASES} such cases", list(seconds), "s"))
+    text = (
+        f"The same work on slices of {SIZE} x {SIZE}, 25 frames of 10 slices a case, strong recipe: what is "
+        "left is the processor's part, for which a GPU would wait; launching kernels comes on top."
+    )
+    yield "What a GPU would wait for", text, rows
