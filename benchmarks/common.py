@@ -115,12 +115,13 @@ def measure(expression):
     torch.set_num_threads(1)
     module = expression.split(".")[0]
     functions = eval(expression, {module: import_module(f"benchmarks.{module}")})
-    before, peaks = _resident("VmRSS"), []
+    on_card, peaks = torch.cuda.is_available(), []
+    before = torch.cuda.memory_allocated() / 1e6 if on_card else _resident("VmRSS")
     for function in functions:
-        if torch.cuda.is_available():
+        if on_card:
             torch.cuda.reset_peak_memory_stats()
             function()
-            peaks.append(torch.cuda.max_memory_allocated() / 1e6)
+            peaks.append(torch.cuda.max_memory_allocated() / 1e6 - before)
         else:
             Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
             function()

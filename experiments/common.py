@@ -76,17 +76,15 @@ def patient_means(rows, keep):
 
 
 def interval(differences, resamples=10_000):
-    """Mean and 95 % bootstrap interval of differences (repetitions, patients), both resampled."""
+    """Mean and 95 % bootstrap interval of differences (repetitions, patients), resampled, NaN left out."""
     generator = np.random.default_rng(0)
     differences = np.atleast_2d(differences)
     repetitions, patients = differences.shape
-    means = [
-        differences[generator.integers(repetitions, size=repetitions)][
-            :, generator.integers(patients, size=patients)
-        ].mean()
-        for _ in range(resamples)
-    ]
-    return differences.mean(), *np.percentile(means, (2.5, 97.5))
+    means = []
+    for _ in range(resamples):
+        drawn = differences[generator.integers(repetitions, size=repetitions)]
+        means.append(np.nanmean(drawn[:, generator.integers(patients, size=patients)]))
+    return np.nanmean(differences), *np.percentile(means, (2.5, 97.5))
 
 
 def by_seed(rows, keep):
