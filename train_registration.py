@@ -68,7 +68,9 @@ class Registration:
         return torch.nn.functional.mse_loss(warped, fixed)
 
     def validate(self):
-        """Dice of ED's label warped to ES, by case and region, and the image term, or the latter alone."""
+        """Dice of ED's label warped to ES, by case and region, and the loss: image term and overlap, as weighed
+        in training (the schedule goes by it), or the image term alone where no case has both labels.
+        """
         store, images, scores = self.validation, [], []
         for case in store.cases:
             ed, es = (store.frame(case, frame) for frame in (case.ed, case.es))
@@ -84,6 +86,7 @@ class Registration:
         if not scores:
             return {"val_loss": loss, "score": -loss}
         score = torch.tensor(scores).nanmean().item()
+        loss += self.settings.dice_weight * (1 - score)
         return {"val_loss": loss, "val_dice": score, "score": score}
 
 
