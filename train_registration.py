@@ -68,8 +68,8 @@ class Registration:
         return torch.nn.functional.mse_loss(warped, fixed)
 
     def validate(self):
-        """Dice of ED's label warped to ES, by case and region, and the loss: image term and overlap, as weighed
-        in training (the schedule goes by it), or the image term alone where no case has both labels.
+        """Dice of ED's label warped to ES, by case and region; and the loss, by which the schedule goes: the
+        image term and the overlap, weighed as in training, or the former alone where no case has both labels.
         """
         store, images, scores = self.validation, [], []
         for case in store.cases:

@@ -26,6 +26,7 @@ from cardiac.slices import SliceStore
 from cardiac.workers import worker_pool
 
 MODELS = ("original", "propagated")
+SLICES_AT_ONCE = 64
 CASES = (
     "model", "case", "vendor", "centre", "phase", "region",
     "dice", "hd95_mm", "assd_mm", "volume_ml", "reference_volume_ml", "paper_dice",
@@ -40,14 +41,17 @@ COMPARISON = ("group", "mean_difference", "low", "high", "p", "n")
 # -------------------------------------------------------------------------------- predictions, scores
 
 
-def regions_on_own_grid(network, frames, grid):
+def regions_on_own_grid(network, frames, grid, device):
     """Softmax of LV, MYO, RV (3, X, Y, Z) of each of `frames` (F, Z, 1, S, S) on a `Grid`; 0 outside it.
 
-    Yields them in order; all slices of all frames go through the network together, in its batches.
+    Yields them in order. The slices of several frames go through the network together, of no more than fill a
+    GPU, so that memory does not grow with the cine.
     """
-    regions = segment(network, frames.flatten(0, 1))[:, 1:].unflatten(0, frames.shape[:2])
-    for slices in regions.transpose(1, 2).cpu().numpy():
-        yield grid.from_slices(slices).transpose(0, 2, 3, 1)
+    slices = frames.shape[1]
+    for some in frames.split(max(1, SLICES_AT_ONCE // slices)):
+        regions = segment(network, some.flatten(0, 1).to(device).float())[:, 1:]
+        for planes in regions.unflatten(0, (-1, slices)).transpose(1, 2).cpu().numpy():
+            yield grid.from_slices(planes).transpose(0, 2, 3, 1)
 
 
 def predict(network, store, frames):
@@ -57,8 +61,8 @@ def predict(network, store, frames):
     (case,) = store.cases
     labels, softmax = np.zeros(case.shape, np.uint8, order="F"), {}  # as NIfTI has it
     slices = store.images(torch.from_numpy(np.concatenate([case.rows(frame) for frame in frames])))
-    slices = slices.unflatten(0, (len(frames), case.slices))
-    for frame, regions in zip(frames, regions_on_own_grid(network, slices, case.grid(store.cache))):
+    slices, grid = slices.unflatten(0, (len(frames), case.slices)), case.grid(store.cache)
+    for frame, regions in zip(frames, regions_on_own_grid(network, slices, grid, store.device)):
         labels[..., frame] = most_likely(regions)
         if frame in case.phases.values():
             softmax[frame] = np.concatenate([1 - regions.sum(0, keepdims=True), regions])

@@ -105,7 +105,7 @@ def predict_scan(folder, file, network, settings, device):
     slices, grid = to_slices(image, spacing, settings.size, settings.spacing, settings.crop)
     slices = torch.from_numpy(slices).unflatten(0, (image.shape[3], image.shape[2]))[:, :, None]
     labels = np.zeros(image.shape, np.uint8, order="F")
-    for frame, regions in enumerate(regions_on_own_grid(network, slices.to(device).float(), grid)):
+    for frame, regions in enumerate(regions_on_own_grid(network, slices, grid, device)):
         prediction = most_likely(regions)
         labels[..., frame] = largest_component(prediction) if settings.largest_component else prediction
     volumes = [

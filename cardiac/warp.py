@@ -59,8 +59,7 @@ def resize_displacement(displacement, size):
     """
     with torch.autocast(displacement.device.type, enabled=False):
         resized = F.interpolate(displacement.float(), size=size, mode="bilinear", align_corners=False)
-    scale = [full / part for full, part in zip(size, displacement.shape[-2:])]
-    return resized * resized.new_tensor(scale).view(1, 2, 1, 1)
+    return resized * _growth(*displacement.shape[-2:], *size, displacement.device)
 
 
 def jacobian_determinant(displacement):
@@ -85,7 +84,17 @@ def _sampling_grid(displacement):
     return planes.permute(0, 2, 3, 1)
 
 
-@functools.cache  # a step asks for the same ones ten times, and each would be five launches on a GPU
+# A step asks for the same numbers ten times. Made anew, they would be five launches each on a GPU, or a copy
+# that waits for it.
+
+
+@functools.cache
 def _pixels(count, device):
     """Normalised coordinates (N,) of the pixels along an axis, float32."""
     return (2 * torch.arange(count, device=device, dtype=torch.float32) + 1) / count - 1
+
+
+@functools.cache
+def _growth(h, w, height, width, device):
+    """How many pixels of a grid (H, W) one of a grid (h, w) is, along both axes: (1, 2, 1, 1) float32."""
+    return torch.tensor([height / h, width / w], dtype=torch.float32, device=device).view(1, 2, 1, 1)

@@ -1,11 +1,12 @@
 """A CUDA card made of the CPU: where there is no card, it finds what would fail on one or wait for it.
 
-A `Card` is a tensor that says it lies on cuda:0 and has its numbers on the CPU. As with a card, an operation
-on tensors of both sides raises and NumPy cannot read it. What would make the processor wait for the card, and
-copies from it and to it, are counted. Autocast is the CPU's.
+A `Card` is a tensor that says it lies on cuda:0 and has its numbers on the CPU. An operation on tensors of
+both sides raises (by an index on the CPU, too, which a card would copy), NumPy cannot read it, and it cannot
+be handed to another process. What makes the processor wait for a card is counted: numbers and sizes that
+depend on what was computed, copies from the card, and copies to it that do not say `non_blocking`. Autocast
+is the CPU's.
 """
 
-import collections
 import contextlib
 from unittest import mock
 
@@ -13,15 +14,16 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from cardiac import run
+from cardiac import run, warp
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-ATEN = torch.ops.aten
-WAITING = {ATEN._local_scalar_dense.default, ATEN.nonzero.default, ATEN.masked_select.default}
-FACTORIES = {
-    torch.arange, torch.as_tensor, torch.empty, torch.eye, torch.full, torch.linspace, torch.ones, torch.rand,
-    torch.randint, torch.randn, torch.randperm, torch.tensor, torch.zeros,
+INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default)
+WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+MADE_THERE = {
+    torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.ones, torch.rand, torch.randint,
+    torch.randn, torch.randperm, torch.zeros,
 }  # fmt: skip
+COPIED_THERE = {torch.tensor, torch.as_tensor}
 PLACE = (str, torch.device)
 
 
@@ -44,25 +46,30 @@ class Card(torch.Tensor):
     def __torch_dispatch__(cls, operation, types, arguments=(), options=None):
         options = dict(options or {})
         tensors = [each for each in tree_leaves((arguments, options)) if isinstance(each, torch.Tensor)]
-        scattered = any(not isinstance(each, Card) and each.dim() for each in tensors)
-        by_mask = operation is ATEN.index.Tensor and any(i is not None and i.dtype == torch.bool
-                                                         for i in arguments[1])  # fmt: skip
-        if operation in WAITING or by_mask:
-            CARDS.waits.append(operation.__name__)
-        if scattered and operation is not ATEN.copy_.default:
+        on_both_sides = any(not isinstance(each, Card) and each.dim() for each in tensors)
+        waits = WAITING & set(operation.tags)
+        if operation in INDEXING:  # by a mask: how many there are has to be known; one number fills without
+            by_mask = any(each is not None and each.dtype == torch.bool for each in arguments[1])
+            waits = by_mask and not (len(arguments) > 2 and arguments[2].dim() == 0)
+        if operation is torch.ops.aten.copy_.default:
+            CARDS.copied(from_card=isinstance(arguments[1], Card), to_card=isinstance(arguments[0], Card),
+                         blocking=not (arguments[2:] or [False])[0])  # fmt: skip
+        elif on_both_sides:
             raise RuntimeError(f"{operation}: expected all tensors to be on the same device")
+        if waits:
+            CARDS.waits.append(operation.__name__)
         if "device" in options:
             options["device"] = CPU
-        result = operation(*_numbers(arguments), **_numbers(options))
+        result = operation(*_to_cpu(arguments), **_to_cpu(options))
         if operation._schema.is_mutable:  # in place: the tensor itself
             return arguments[0] if operation._schema.returns else None
-        return _cards(result)
+        return _to_card(result)
 
     def __repr__(self, **options):
         return f"Card({self.numbers})"
 
     def __reduce_ex__(self, protocol):
-        return self.numbers.detach().__reduce_ex__(protocol)
+        raise TypeError("a tensor on cuda is handed to another process")
 
 
 class Cards(TorchFunctionMode):
@@ -70,12 +77,23 @@ class Cards(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self.waits, self.copies = [], collections.Counter()
+        self.waits, self.uploads = [], 0
+
+    def copied(self, from_card, to_card, blocking):
+        """Count a copy between the sides."""
+        self.uploads += to_card and not from_card
+        if from_card and not to_card:
+            self.waits.append("a copy to the CPU")
+        elif to_card and not from_card and blocking:
+            self.waits.append("a copy to the card that is not non_blocking")
 
     def __torch_function__(self, function, types, arguments=(), options=None):
         options = dict(options or {})
         on_card = bool(arguments) and isinstance(arguments[0], Card)
-        if function in FACTORIES and torch.device(options.get("device") or CPU).type == "cuda":
+        there = torch.device(options.get("device") or CPU).type == "cuda"
+        if there and function in MADE_THERE | COPIED_THERE:
+            if function in COPIED_THERE:
+                self.copied(False, True, blocking=True)
             return Card(function(*arguments, **{**options, "device": CPU}))
         if function is torch.Tensor.to:
             places = [each for each in (*arguments[1:], *options.values()) if isinstance(each, PLACE)]
@@ -84,20 +102,19 @@ class Cards(TorchFunctionMode):
         elif on_card and function is torch.Tensor.cpu:
             return self._move(False, *arguments)
         elif on_card and function is torch.Tensor.tolist:
-            self.waits.append("tolist")
+            self.copied(True, False, blocking=True)
             return arguments[0].numbers.tolist()
         elif on_card and function is torch.Tensor.new_tensor:
+            self.copied(False, True, blocking=True)
             return Card(function(arguments[0].numbers, *arguments[1:], **options))
         elif on_card and function in (torch.Tensor.numpy, torch.Tensor.__array__):
             raise TypeError("cannot convert a tensor on cuda to numpy; use Tensor.cpu() before")
         return function(*arguments, **options)
 
     def _move(self, to_card, tensor, *arguments, **options):
-        here, numbers = isinstance(tensor, Card), _numbers(tensor)
-        self.copies["to the card" if to_card else "from the card"] += here != to_card
-        if here and not to_card:
-            self.waits.append("to the CPU")
-            numbers = numbers.clone()
+        here = isinstance(tensor, Card)
+        self.copied(here, to_card, blocking=not (options.get("non_blocking") or arguments[2:3] == (True,)))
+        numbers = _to_cpu(tensor) if to_card or not here else tensor.numbers.clone()
         arguments = [each for each in arguments if not isinstance(each, PLACE)]
         options = {name: each for name, each in options.items() if not isinstance(each, PLACE)}
         moved = numbers.to(CPU, *arguments, **options).detach()
@@ -109,18 +126,23 @@ class Cards(TorchFunctionMode):
 CARDS = Cards()
 
 
-def _numbers(tree):
+def _to_cpu(tree):
     return tree_map(lambda each: each.numbers if isinstance(each, Card) else each, tree)
 
 
-def _cards(tree):
+def _to_card(tree):
     return tree_map(lambda each: Card(each) if isinstance(each, torch.Tensor) else each, tree)
+
+
+def _forget():
+    for kept in (warp._pixels, warp._growth):
+        kept.cache_clear()
 
 
 @contextlib.contextmanager
 def made_of_the_cpu():
-    """For the block, this machine has a card; gives its `Cards`, which count: `waits`, `copies`."""
-    load, generator, future = torch.load, torch.Generator, torch.__future__
+    """For the block, this machine has a card; gives its `Cards`, which count `waits` and `uploads`."""
+    load, save, generator, future = torch.load, torch.save, torch.Generator, torch.__future__
     overwrite = future.get_overwrite_module_params_on_conversion()
 
     class Generator:
@@ -133,7 +155,11 @@ def made_of_the_cpu():
 
     def loaded(path, map_location=None, **options):
         state = load(path, map_location="cpu", **options)
-        return _cards(state) if torch.device(map_location or CPU).type == "cuda" else state
+        return _to_card(state) if torch.device(map_location or CPU).type == "cuda" else state
+
+    def saved(state, *arguments):
+        with torch.no_grad():
+            save(_to_cpu(state), *arguments)
 
     # seen by the scripts alone: torch itself would look for a driver
     seen = mock.Mock(wraps=torch, device=torch.device)
@@ -144,6 +170,7 @@ def made_of_the_cpu():
         for place, name, stand_in in (
             (run, "torch", seen),
             (torch, "load", loaded),
+            (torch, "save", saved),
             (torch, "Generator", Generator),
             (torch, "autocast", Autocast),
             (torch.cuda, "mem_get_info", lambda device: (10**11, 10**11)),
@@ -152,6 +179,7 @@ def made_of_the_cpu():
             stack.enter_context(mock.patch.object(place, name, stand_in))
         future.set_overwrite_module_params_on_conversion(True)
         stack.callback(future.set_overwrite_module_params_on_conversion, overwrite)
-        CARDS.waits.clear()
-        CARDS.copies.clear()
+        _forget()
+        stack.callback(_forget)
+        CARDS.__init__()
         yield stack.enter_context(CARDS)

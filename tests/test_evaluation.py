@@ -11,12 +11,13 @@ from datasets import MMS_CASES, Tiny, heart, write_mms, write_nifti
 
 import evaluate
 from cardiac import REGIONS, evaluation, predict
+from cardiac.cache import open_cache
 from cardiac.cases import VENDORS
 from cardiac.files import InputError, read_csv, read_json, write_csv
 from cardiac.metrics import largest_component
 from cardiac.nifti import write_labels
 from cardiac.predict import find_scans
-from cardiac.preprocessing import one_hot
+from cardiac.preprocessing import most_likely, one_hot
 from cardiac.settings import EvaluationSettings
 
 TESTING = [case for case in MMS_CASES if case.folder == "Testing"]
@@ -301,6 +302,40 @@ def test_predict_is_the_evaluation_without_labels(run):
         assert [float(line["RV_ml"]) for line in rows] == pytest.approx(list(volumes), abs=1e-5)
         assert (folder / "volumes.png").stat().st_size > 5000
     assert len(read_csv(run.out / "predictions" / "summary.csv")) == len(TESTING)
+
+
+class Bands(torch.nn.Module):
+    """Labels a pixel by its intensity: of other slices it makes other labels."""
+
+    def forward(self, x):
+        return -40 * (x - torch.tensor([0.1, 0.35, 0.6, 0.85]).view(1, 4, 1, 1)).abs()
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 64])
+def test_every_slice_of_every_frame_comes_back_to_its_place(at_once, evaluated, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "SLICES_AT_ONCE", at_once)
+    settings = EvaluationSettings(data=evaluated.data, cache=tmp_path, size=32, spacing=2.0, workers=1)
+    cache = open_cache(settings)
+    case = cache.split("Testing")[0]
+    store = evaluation.SliceStore(cache, [case], torch.device("cpu"))
+    frames = [4, 0, 3, 1, 2]
+    expected = np.zeros(case.shape, np.uint8)
+    for frame, z in np.ndindex(case.frames, case.slices):
+        slices = Bands()(store.frame(store.cases[0], frame)[z : z + 1]).softmax(1)[:, 1:]
+        regions = case.grid(cache).from_slices(slices.transpose(0, 1).numpy())[:, 0]
+        expected[:, :, z, frame] = most_likely(regions)
+    planes = expected.reshape(-1, case.slices * case.frames).T
+    assert len(np.unique(planes, axis=0)) == len(planes), "no two slices are alike"
+
+    labels, softmax = evaluation.predict(Bands(), store, frames)
+    np.testing.assert_array_equal(labels, expected)
+    assert set(softmax) == {case.ed, case.es}
+    for frame, shares in softmax.items():
+        np.testing.assert_array_equal(most_likely(shares[1:]), expected[..., frame])
+    labels, _ = evaluation.predict(Bands(), store, (case.ed, case.es))
+    assert not labels[..., [t for t in range(case.frames) if t not in (case.ed, case.es)]].any()
+    predict.predict_scan(tmp_path / "out", case.image, Bands(), settings, torch.device("cpu"))
+    np.testing.assert_array_equal(nib.load(tmp_path / "out" / "out_pred.nii.gz").dataobj, expected)
 
 
 def test_ed_and_es_are_the_largest_and_the_smallest_lv(evaluated, tmp_path, monkeypatch):

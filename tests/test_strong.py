@@ -1,13 +1,18 @@
 """The strong recipe: its words reach the runs, averaged weights are kept, and it resumes bit for bit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import train_registration
 import train_segmentation
+from cardiac.cache import open_cache
 from cardiac.files import read_json
 from cardiac.losses import IGNORED, soft_dice_loss
 from cardiac.networks import SegmentationNetwork
+from cardiac.settings import RegistrationSettings
+from cardiac.slices import SliceStore
 from cardiac.training import WeightAverage
 
 GRID = "--size 32 --spacing 2 --workers 1 --device cpu --recipe strong --steps-per-epoch 2 --batch-size 4"
@@ -79,3 +84,24 @@ def test_soft_dice_of_certain_logits():
     anything = right.clone()
     anything[..., 2, 2] = torch.tensor([0.0, 90, 0, 0])[None]
     assert torch.equal(soft_dice_loss(anything, labels), soft_dice_loss(right, labels))
+
+
+def test_the_registration_is_validated_by_the_labels_too_as_it_is_trained(tiny_data, tmp_path):
+    """The image term alone rises while the labels still gain: by it the learning rate would fall too soon."""
+    words = {"data": tiny_data, "cache": tmp_path, "size": 32, "spacing": 2.0, "workers": 1}
+    cache = open_cache(RegistrationSettings(**words))
+    cpu = torch.device("cpu")
+    stores = [SliceStore(cache, cache.split(name), cpu) for name in ("Training", "Validation")]
+    image, paper, strong = (
+        train_registration.Registration(RegistrationSettings(**words, dice_weight=weight), *stores).validate()
+        for weight in (0.0, 0.05, 0.5)
+    )
+    assert 0 < image["val_dice"] == paper["val_dice"] < 1
+    for found, weight in ((paper, 0.05), (strong, 0.5)):
+        expected = image["val_loss"] + weight * (1 - found["val_dice"])
+        assert found["val_loss"] == pytest.approx(expected, rel=1e-6)
+    case = replace(stores[1].cases[0], withheld=(stores[1].cases[0].es,))
+    stores[1].cases = [case]
+    alone = train_registration.Registration(RegistrationSettings(**words), *stores).validate()
+    assert set(alone) == {"val_loss", "score"}
+    assert alone["score"] == -alone["val_loss"]
