@@ -18,13 +18,15 @@ from cardiac.files import read_csv
 
 COLUMNS = ("name", "seed", "split", *REGIONS, "mean", "folding_percent")
 AUGMENTED = ("--crop", "motion", "--augment", "--averaging", "0.998")
+LABELLED = (*AUGMENTED, "--dice-weight", "0.5")
 RUNS = {  # each with the words of the one before it, from `paper` to `strong`
     "paper": (),
     "and crop about what moves": AUGMENTED[:2],
     "and augmentation, averaged weights": AUGMENTED,
-    "and Dice weight 0.5": (*AUGMENTED, "--dice-weight", "0.5"),
-    "and guided by the labels": (*AUGMENTED, "--dice-weight", "0.5", "--guided"),
-    "and squared difference of the labels = strong": ("--recipe", "strong"),
+    "and Dice weight 0.5": LABELLED,
+    "and guided by the labels": (*LABELLED, "--guided"),
+    "and squared difference of the labels": (*LABELLED, "--guided", "--difference-weight", "20"),
+    "and folding penalised = strong": ("--recipe", "strong"),
     "strong, local NCC for the image": ("--recipe", "strong", "--similarity", "ncc", "--smoothness", "1"),
 }
 
