@@ -6,12 +6,11 @@ cases of Validation and Testing: the label of ED warped to ES and compared with 
 
 import torch
 
-from cardiac import REGIONS, losses, networks, propagation, report
+from cardiac import losses, networks, propagation, report
 from cardiac.augment import augment_pairs
 from cardiac.cache import open_cache
 from cardiac.checkpoint import load_network, weights_digest
 from cardiac.files import write_csv
-from cardiac.metrics import dice
 from cardiac.parallel import from_first, in_first
 from cardiac.parts import PARTS, Parts
 from cardiac.run import choose_device, describe, run_folder, script
@@ -82,13 +81,11 @@ class Registration:
             images.append(self.similarity(warp(ed, displacement), es))
             if len(case.expert) < 2:
                 continue
-            warped = propagation.warp_labels(labels, displacement).cpu().numpy()
-            target = target.cpu().numpy()
-            scores += [dice(warped == label, target == label) for label in range(1, 1 + len(REGIONS))]
+            scores.append(losses.region_dice(propagation.warp_labels(labels, displacement), target))
         loss = torch.stack(images).mean().item()
         if not scores:
             return {"val_loss": loss, "score": -loss}
-        score = torch.tensor(scores).nanmean().item()
+        score = torch.stack(scores).nanmean().item()
         loss += self.settings.dice_weight * (1 - score)
         return {"val_loss": loss, "val_dice": score, "score": score}
 

@@ -6,13 +6,12 @@ look at Validation cases of vendors with training labels alone: the others stay 
 
 import torch
 
-from cardiac import LABELS, losses, networks, report
+from cardiac import REGIONS, losses, networks, report
 from cardiac.augment import augment_slices
 from cardiac.building import PREPROCESSING
 from cardiac.cache import open_cache
 from cardiac.checkpoint import load_network
 from cardiac.files import InputError, read_json
-from cardiac.metrics import dice
 from cardiac.parallel import from_first, in_first
 from cardiac.propagation import Propagated, made_from
 from cardiac.run import choose_device, describe, run_folder, script
@@ -52,16 +51,15 @@ class Segmentation:
             for frame in case.expert:
                 labels = store.expert(case, frame)
                 probabilities = networks.segment(self.network, store.frame(case, frame))
-                prediction, target = probabilities.argmax(1).cpu().numpy(), labels.cpu().numpy()
-                scores = [dice(prediction == label, target == label) for label in LABELS.values()]
+                scores = losses.region_dice(probabilities.argmax(1), labels)
                 (seen if case.vendor in self.seen else unseen).append(scores)
                 if case.vendor in self.seen:
                     entropy.append(losses.cross_entropy(probabilities.clamp(min=1e-7).log(), labels))
-        by_region = torch.tensor(seen).nanmean(0)
+        by_region = torch.stack(seen).nanmean(0)
         row = {"val_loss": torch.stack(entropy).mean().item()}
-        row |= {f"val_dice_{region}": value.item() for region, value in zip(LABELS, by_region)}
+        row |= {f"val_dice_{region}": value.item() for region, value in zip(REGIONS, by_region)}
         if unseen:
-            row["unseen_dice"] = torch.tensor(unseen).nanmean().item()
+            row["unseen_dice"] = torch.stack(unseen).nanmean().item()
         return {**row, "score": by_region.nanmean().item()}
 
 

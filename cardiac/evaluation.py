@@ -75,7 +75,7 @@ def score_model(model, network, cache, cases, settings, device, folder, parts=UN
     """
 
     def predicted(case):
-        store = SliceStore(cache, [case], device)
+        store = SliceStore(cache, [case], device, place="file")  # of all frames, maybe two are read
         frames = range(case.frames) if settings.all_frames else (case.ed, case.es)
         prediction, softmax = predict(network, store, frames)
         path = folder / f"{case.code}_sa_pred.nii.gz"

@@ -54,6 +54,14 @@ def one_hot(labels):
     return (labels[:, None] == regions.view(1, -1, 1, 1)).float()
 
 
+def region_dice(labels, target):
+    """Dice of LV, MYO and RV, (3,), of two label maps (Z, H, W) of a case, on their device; NaN where neither
+    shows the region.
+    """
+    found, wanted = one_hot(labels), one_hot(target)
+    return 2 * (found * wanted).sum((0, 2, 3)) / (found + wanted).sum((0, 2, 3))
+
+
 def overlap_loss(warped, fixed, labelled):
     """1 - soft Dice of warped regions with those of the fixed slice, both (B, 3, H, W); labelled: (B,) bool.
 

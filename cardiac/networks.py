@@ -148,6 +148,13 @@ def _double_convolution(before, after):
     return nn.Sequential(*layers)
 
 
+def mixed_precision(device):
+    """The context in which networks run: bfloat16 on cards that compute in it (from Ampere on), else float32.
+    """
+    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
 def _inference_batch(images):
     """Slices at a time: many fill a GPU; on the CPU the activations of few stay in the cache."""
     return 64 if images.is_cuda else 4
@@ -162,7 +169,7 @@ def register(network, moving, fixed, labels, batch_size=None):
     """
     parts, batch_size = [], batch_size or _inference_batch(moving)
     for slices in zip(*(each.split(batch_size) for each in (moving, fixed, one_hot(labels)))):
-        with torch.autocast(moving.device.type, torch.bfloat16, enabled=moving.is_cuda):
+        with mixed_precision(moving.device):
             velocity = network(*(each.contiguous(memory_format=torch.channels_last) for each in slices))
         parts.append(resize_displacement(integrate(velocity), moving.shape[-2:]))
     return torch.cat(parts)
@@ -173,7 +180,7 @@ def segment(network, images, batch_size=None):
     """Softmax probabilities (B, 4, H, W) of slices (B, 1, H, W), float32, in batches."""
     parts, batch_size = [], batch_size or _inference_batch(images)
     for part in images.split(batch_size):
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+        with mixed_precision(images.device):
             logits = network(part.contiguous(memory_format=torch.channels_last))
         parts.append(logits.float().softmax(1))
     return torch.cat(parts)

@@ -30,20 +30,20 @@ def joined():
     if not LAUNCHED or dist.is_initialized():
         yield
         return
-    dist.init_process_group(timeout=PATIENCE)  # gloo for what lies on the CPU, NCCL for CUDA
-    try:
-        with contextlib.ExitStack() as stack:
-            if RANK:
-                nowhere = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(contextlib.redirect_stdout(nowhere))
-                stack.enter_context(contextlib.redirect_stderr(nowhere))
-            yield
-    finally:
-        dist.destroy_process_group()
+    # both by name: where there is a card, PyTorch would take NCCL alone, which has no use for what lies on
+    # the CPU
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    with contextlib.ExitStack() as stack:
+        if RANK:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
 
 
 def leave(code):
-    """End this process of torchrun, whose work is done, without Python's way out.
+    """End this process of torchrun, whose work is done, without Python's way out and without waiting for the
+    others, as NCCL would.
 
     There torch 2.14 now and then aborts ("terminate called without an active exception", seen on the CPU),
     and torchrun then ends the others, the first among them, which may still be scoring.

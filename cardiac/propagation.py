@@ -12,8 +12,8 @@ from cardiac import LABELS, REGIONS, trust
 from cardiac.cases import load_labels
 from cardiac.checkpoint import load_network
 from cardiac.files import InputError, hdf5_dataset, read_json, writing_hdf5
-from cardiac.losses import IGNORED, one_hot
-from cardiac.metrics import dice, score_case
+from cardiac.losses import IGNORED, one_hot, region_dice
+from cardiac.metrics import score_case
 from cardiac.networks import RegistrationNetwork, register
 from cardiac.parts import UNKEPT
 from cardiac.slices import SliceStore
@@ -137,11 +137,7 @@ def carried_to_es(network, store):
     ed, es = (store.frame(case, frame) for frame in (case.ed, case.es))
     source, target = (store.expert(case, frame) for frame in (case.ed, case.es))
     warped = warp_labels(source, register(network, ed, es, source))
-    target = target.cpu().numpy()
-    return [
-        float(np.nanmean([dice(labels.cpu().numpy() == label, target == label) for label in LABELS.values()]))
-        for labels in (source, warped)
-    ]
+    return [region_dice(labels, target).nanmean().item() for labels in (source, warped)]
 
 
 @dataclass
@@ -282,7 +278,7 @@ def score_registration(network, cache, cases, settings, device, parts=UNKEPT):
 
 def _to_own_grid(network, cache, case, device):
     """ED's and ES's labels, ED's warped, all (X, Y, Z), spacing, Jacobian determinant (Z, X, Y)."""
-    store = SliceStore(cache, [case], device, None)
+    store = SliceStore(cache, [case], device, place="file")  # of all frames, two are read
     ed, es = (store.images(torch.from_numpy(store.cases[0].rows(frame))) for frame in (case.ed, case.es))
     known = store.known(store.cases[0], case.ed)
     displacement = own_grid_displacement(register(network, ed, es, known), case.grid(cache))

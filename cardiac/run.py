@@ -80,7 +80,7 @@ def _last_words(error):
     if isinstance(error, InputError):
         return str(error), 2
     if isinstance(error, torch.cuda.OutOfMemoryError):
-        return "out of GPU memory: lower --batch-size, --size or --channels", 2
+        return "out of GPU memory: lower --batch-size, --size or --channels, or take --device cpu", 2
     # of a worker that the kernel killed there is no more than a BrokenExecutor; the text is torch's
     if isinstance(error, (MemoryError, BrokenExecutor)) or "can't allocate memory" in str(error):
         return "out of memory: lower --size, --batch-size or --workers", 2

@@ -40,9 +40,9 @@ class SliceStore:
             self._rows = torch.cat([torch.arange(*each) for each in ranges])
             self._offset, self._file = cache.offset("images"), None
         else:
-            images = np.empty(shape, np.float16)
-            cache.read("images", ranges, images)
-            self._images = torch.from_numpy(images).to(device if place == "device" else "cpu")
+            there = device if place == "device" else "cpu"
+            self._images = torch.empty(shape, dtype=torch.float16, device=there)
+            _read_images(cache, ranges, self._images)
         self.place = place
         labels = np.full((sum(b - a for a, b in label_ranges) + 1, *shape[1:]), IGNORED, np.uint8)
         cache.read("labels", label_ranges, labels)
@@ -59,11 +59,12 @@ class SliceStore:
 
     def images(self, rows):
         """Slices of these rows, (B,) on the CPU: (B, 1, S, S) float32 on the device."""
-        if self.place == "file":
-            return self._from_file(rows).to(self.device, non_blocking=True)[:, None].float()
         if self.place == "device":
-            rows = rows.to(self.device, non_blocking=True)
-        return self._images[rows].to(self.device, non_blocking=True)[:, None].float()
+            return self._images[rows.to(self.device, non_blocking=True)][:, None].float()
+        images = self._from_file(rows) if self.place == "file" else self._images[rows]
+        if self.device.type == "cuda":
+            images = images.pin_memory()  # the card fetches it while the processor goes on
+        return images.to(self.device, non_blocking=True)[:, None].float()
 
     def frame(self, case, frame):
         """All slices of a frame of one of this store's cases: (Z, 1, S, S) float32 on the device."""
@@ -87,6 +88,17 @@ class SliceStore:
             self._file.seek(self._offset + row * slice_.nbytes)
             self._file.readinto(slice_)
         return torch.from_numpy(slices)
+
+
+def _read_images(cache, ranges, images):
+    """Read these rows of a cache into a tensor, case by case onto a card: the host may have less memory."""
+    if not images.is_cuda:
+        cache.read("images", ranges, images.numpy())
+        return
+    for rows, part in zip(ranges, images.split([stop - start for start, stop in ranges])):
+        read = np.empty(part.shape, np.float16)
+        cache.read("images", [rows], read)
+        part.copy_(torch.from_numpy(read))
 
 
 def _rebase(cases):

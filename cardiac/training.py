@@ -17,6 +17,7 @@ from tqdm import tqdm
 from cardiac import parallel
 from cardiac.checkpoint import Progress, resume, write_checkpoint
 from cardiac.files import InputError, replacing, write_csv
+from cardiac.networks import mixed_precision
 from cardiac.run import deferred_signals
 
 READ_EVERY = 20  # steps between two looks at the losses: each look waits for the device
@@ -108,7 +109,7 @@ class Run:
         self.network.train()
         with self.meter.waiting():
             batch = self.task.draw(self.progress.step)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with mixed_precision(self.device):
             losses = self.task.losses(batch)
         self.optimizer.zero_grad()
         losses["loss"].backward()
@@ -165,7 +166,7 @@ class WeightAverage:
     """
 
     def __init__(self, network, decay):
-        self.network, self.decay, self.average = network, decay, {}
+        self.network, self.decay, self.average, self._pairs = network, decay, {}, None
 
     def update(self, step):
         """Count the weights after `step` steps; the decay grows to its full value, to forget the start
@@ -173,16 +174,17 @@ class WeightAverage:
         """
         if not self.decay:
             return
-        decay = min(self.decay, step / (step + 10))
-        current = self.network.state_dict()
-        if not self.average:
-            self.average = {name: value.clone() for name, value in current.items()}
-        pairs = [(self.average[name], value) for name, value in current.items()]
-        kept, new = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
-        torch._foreach_lerp_(kept, new, 1 - decay)  # one launch for all, not one a tensor
-        for count, value in pairs:
-            if not count.is_floating_point():
-                count.copy_(value)
+        if not self._pairs:  # of the tensors themselves, which stay where they are
+            current = self.network.state_dict()
+            self.average = self.average or {name: value.clone() for name, value in current.items()}
+            pairs = [(self.average[name], value) for name, value in current.items()]
+            kinds = ([p for p in pairs if p[0].is_floating_point() == real] for real in (True, False))
+            self._pairs = [list(zip(*pairs)) for pairs in kinds]
+        weights, counts = self._pairs
+        # one launch for all, not one a tensor
+        torch._foreach_lerp_(*weights, 1 - min(self.decay, step / (step + 10)))
+        if counts:
+            torch._foreach_copy_(*counts)
 
     @contextlib.contextmanager
     def applied(self):
@@ -205,7 +207,7 @@ class WeightAverage:
         """From the checkpoint."""
         if state and state.keys() != self.network.state_dict().keys():
             raise ValueError("the average is of another network")
-        self.average = dict(state)
+        self.average, self._pairs = dict(state), None
 
 
 class Meter:
@@ -216,10 +218,8 @@ class Meter:
     def __init__(self, progress, total, batch_size, device):
         self.progress, self.batch_size, self.device = progress, batch_size, device
         self.bar = tqdm(total=total, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=1)
-        double = {"dtype": torch.float64, "device": device}
-        self.sums = {name: torch.tensor(value, **double) for name, value in progress.sums.items()}
+        self.names, self.sums, self.scores = (), None, {}
         self.first_bad = torch.tensor(math.inf, device=device)
-        self.scores = {}
         self.begun = self.clock = self.epoch_clock = self.saved = time.perf_counter()
         self.first_step = self.epoch_step = progress.step
         self.waited = 0.0
@@ -236,15 +236,22 @@ class Meter:
         """Count the losses of a step on the device; look at them every READ_EVERY steps."""
         step = torch.full((), float(self.progress.step), device=self.device)  # no copy from the host: no wait
         self.first_bad = torch.where(losses["loss"].isfinite(), self.first_bad, self.first_bad.minimum(step))
-        for name, value in {**losses, "steps": torch.ones_like(step)}.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().double()
+        sums = self.progress.sums
+        if self.sums is None:
+            self.names, before = tuple(losses), [sums.get(name, 0.0) for name in losses]
+            self.sums = torch.tensor(before, dtype=torch.float64, device=self.device)
+        with torch.no_grad():  # all in one launch
+            self.sums += torch.stack(list(losses.values()))
+        sums["steps"] = sums.get("steps", 0) + 1
         self.bar.update()
         done = self.progress.step - self.first_step
         if done % READ_EVERY == 0:
             self.read()
             self.show({})
         if done == READ_EVERY:
-            self._estimate(done)
+            self.begun = self.clock  # the first steps are slower
+        elif done == 2 * READ_EVERY:
+            self._estimate(READ_EVERY)
 
     def read(self):
         """Bring the sums to `progress`; returns the means over the running epoch. Waits for the device."""
@@ -253,12 +260,13 @@ class Meter:
         now = time.perf_counter()
         self.progress.seconds += now - self.clock
         self.clock = now
-        self.progress.sums = sums = {name: value.item() for name, value in self.sums.items()}
+        sums = self.progress.sums
+        sums |= zip(self.names, self.sums.tolist() if self.names else ())
         return {name: value / sums["steps"] for name, value in sums.items() if name != "steps"}
 
     def restart(self):
         """Begin the sums of the next epoch."""
-        self.sums, self.progress.sums = {}, {}
+        self.names, self.sums, self.progress.sums = (), None, {}
 
     def timing(self):
         """The timing columns of log.csv, since the last call: the only columns that differ between equal

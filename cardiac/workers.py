@@ -20,7 +20,7 @@ def worker_pool(workers, jobs):
     when its parent is killed, and at most two jobs a worker wait, so that memory stays flat however many
     cases there are.
     """
-    count = min(workers or os.cpu_count() or 1, jobs)
+    count = min(workers or len(os.sched_getaffinity(0)), jobs)  # cores that this process may use
     if count <= 1:
         yield lambda function, arguments: (function(*each) for each in arguments)
         return

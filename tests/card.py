@@ -3,8 +3,8 @@
 A `Card` is a tensor that says it lies on cuda:0 and has its numbers on the CPU. An operation on tensors of
 both sides raises (by an index on the CPU, too, which a card would copy), NumPy cannot read it, and it cannot
 be handed to another process. What makes the processor wait for a card is counted: numbers and sizes that
-depend on what was computed, copies from the card, and copies to it that do not say `non_blocking`. Autocast
-is the CPU's.
+depend on what was computed, copies from the card, and copies to it that do not say `non_blocking` or are of
+more than 64 KB that are not pinned. Autocast is the CPU's.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ MADE_THERE = {
 }  # fmt: skip
 COPIED_THERE = {torch.tensor, torch.as_tensor}
 PLACE = (str, torch.device)
+STAGED = 2**16  # bytes that the driver copies without waiting, wherever they lie
 
 
 class Card(torch.Tensor):
@@ -99,6 +100,10 @@ class Cards(TorchFunctionMode):
             places = [each for each in (*arguments[1:], *options.values()) if isinstance(each, PLACE)]
             if places:
                 return self._move(torch.device(places[0]).type == "cuda", *arguments, **options)
+        elif function is torch.Tensor.pin_memory:
+            pinned = arguments[0].clone()
+            pinned.pinned_here = True
+            return pinned
         elif on_card and function is torch.Tensor.cpu:
             return self._move(False, *arguments)
         elif on_card and function is torch.Tensor.tolist:
@@ -113,7 +118,9 @@ class Cards(TorchFunctionMode):
 
     def _move(self, to_card, tensor, *arguments, **options):
         here = isinstance(tensor, Card)
-        self.copied(here, to_card, blocking=not (options.get("non_blocking") or arguments[2:3] == (True,)))
+        blocking = not (options.get("non_blocking") or arguments[2:3] == (True,))
+        staged = tensor.nbytes <= STAGED or hasattr(tensor, "pinned_here")
+        self.copied(here, to_card, blocking or not staged)
         numbers = _to_cpu(tensor) if to_card or not here else tensor.numbers.clone()
         arguments = [each for each in arguments if not isinstance(each, PLACE)]
         options = {name: each for name, each in options.items() if not isinstance(each, PLACE)}
@@ -174,6 +181,7 @@ def made_of_the_cpu():
             (torch, "Generator", Generator),
             (torch, "autocast", Autocast),
             (torch.cuda, "mem_get_info", lambda device: (10**11, 10**11)),
+            (torch.cuda, "is_bf16_supported", lambda including_emulation: True),
             (torch.cuda, "max_memory_allocated", lambda device: 10**9),
         ):
             stack.enter_context(mock.patch.object(place, name, stand_in))

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from card import made_of_the_cpu
+from card import STAGED, made_of_the_cpu
 from conftest import SHORT
 
 import evaluate
@@ -19,7 +19,7 @@ from cardiac.checkpoint import load_network
 from cardiac.networks import RegistrationNetwork
 from cardiac.propagation import propagate_interval
 from cardiac.settings import RegistrationSettings, SegmentationSettings
-from cardiac.slices import LabelledSlices, SliceStore
+from cardiac.slices import LabelledSlices, Pairs, SliceStore
 
 CUDA = torch.device("cuda")
 
@@ -36,6 +36,7 @@ WAITS = {
     "equal": lambda there, here: torch.equal(there, there + 1),
     "unique": lambda there, here: there.unique(),
     "upload": lambda there, here: here.to("cuda"),
+    "large upload": lambda there, here: torch.ones(2**16).to("cuda", non_blocking=True),
     "copy there": lambda there, here: there.copy_(here),
     "copy back": lambda there, here: here.copy_(there),
     "tensor": lambda there, here: torch.tensor([1.0], device="cuda"),
@@ -59,9 +60,10 @@ def test_the_card_behaves_as_a_card():
         there[there > 5] = 0
         there[torch.zeros(1, dtype=torch.long, device="cuda")] = torch.ones(1, device="cuda")
         here.to("cuda", non_blocking=True)
+        torch.ones(2**16).pin_memory().to("cuda", non_blocking=True)
         there.copy_(there * 1)
         assert not card.waits
-        assert card.uploads == 1
+        assert card.uploads == 2
         for number, wait in enumerate(WAITS, start=1):
             WAITS[wait](there, here)
             assert len(card.waits) == number, wait
@@ -135,6 +137,17 @@ def test_a_step_does_not_wait_for_the_card(kind, recipe, cache, tmp_path):
         assert card.uploads == 5 * UPLOADS[kind, recipe], "the numbers that a step draws, and no pictures"
         ends = torch.float32 if kind is RegistrationSettings else torch.bfloat16  # velocity, logits
         assert found == 5 * [torch.bfloat16, ends]
+
+
+@pytest.mark.parametrize("place", ["device", "host", "file"])
+def test_drawing_does_not_wait_for_the_card(place, cache):
+    with made_of_the_cpu() as card:
+        pairs = Pairs(SliceStore(cache, cache.split("Training"), CUDA, place=place), 0.5)
+        card.waits.clear()
+        batch = pairs.draw(64, 0, 0)
+        assert batch.moving.is_cuda
+        assert batch.moving.numel() * 2 > STAGED
+        assert card.waits == []
 
 
 def test_propagation_waits_no_longer_for_more_frames(cache, trained_run):

@@ -16,8 +16,10 @@ from cardiac.losses import (
     local_ncc,
     one_hot,
     overlap_loss,
+    region_dice,
     soft_dice_loss,
 )
+from cardiac.metrics import dice
 from cardiac.warp import jacobian_determinant
 
 
@@ -75,6 +77,17 @@ def test_one_hot_has_the_regions_in_order_and_nothing_where_ignored():
     assert found.dtype == torch.float32
     expected = [[[0, 1], [0, 0], [0, 1]], [[0, 0], [1, 0], [0, 0]], [[0, 0], [0, 1], [0, 0]]]
     assert found[0].tolist() == expected
+
+
+def test_region_dice_is_that_of_the_whole_case_and_nan_where_neither_shows_a_region():
+    generator = torch.Generator().manual_seed(0)
+    labels, target = torch.randint(0, 4, (2, 5, 9, 7), generator=generator).to(torch.uint8)
+    expected = [dice(labels.numpy() == k, target.numpy() == k) for k in (1, 2, 3)]
+    assert region_dice(labels, target).tolist() == pytest.approx(expected)
+    labels[labels == 3] = 0
+    assert region_dice(labels, target)[2] == 0
+    target[target == 3] = 0
+    assert region_dice(labels, target)[2].isnan()
 
 
 def halves(*columns):

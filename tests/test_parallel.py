@@ -67,6 +67,16 @@ def test_a_batch_that_the_processes_cannot_share_is_one_line(tiny_data, tmp_path
     assert lines == ["train_registration.py: --batch-size 5: 2 processes cannot share it in equal parts"]
 
 
+@pytest.mark.parametrize(("card", "backends"), [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
+def test_what_lies_on_the_cpu_travels_with_gloo_wherever_there_is_a_card(card, backends, monkeypatch):
+    started = []
+    monkeypatch.setattr(parallel, "LAUNCHED", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: card)
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda name, timeout: started.append(name))
+    with parallel.joined():
+        assert started == [backends]
+
+
 @pytest.fixture
 def as_process(monkeypatch):
     """Let this process be number `rank` of `count`, as far as shares go."""
