@@ -13,7 +13,7 @@ from cardiac.checkpoint import Progress, load_network, read_checkpoint, weights_
 from cardiac.evaluation import MODELS
 from cardiac.files import InputError, read_json, write_csv, write_json, write_text
 from cardiac.parts import PARTS, Parts
-from cardiac.run import choose_device, dataset_identity, describe, run_folder, script
+from cardiac.run import cases_digest, choose_device, dataset_identity, describe, run_folder, script
 from cardiac.settings import EvaluationSettings, parse
 
 
@@ -47,6 +47,7 @@ def main(argv):
     with run_folder(settings, place, cache.cases) as folder:
         made_from = {
             "split": settings.split,
+            "cases": cases_digest(cases),
             "all_frames": settings.all_frames,
             "largest_component": settings.largest_component,
             "mirrored": settings.mirrored,
@@ -79,6 +80,9 @@ def score(models, cache, cases, settings, device, folder):
     for model, (network, progress) in models.items():
         print(f"{model}, {progress.step} steps: {len(cases)} cases of {settings.split} on {describe(device)}")
         predictions = folder / "predictions" / model
+        wanted = {evaluation.prediction_path(predictions, case.code) for case in cases}
+        for path in set(predictions.glob("*")) - wanted:  # of another split
+            path.unlink()
         what = (weights_digest(network), settings.size, settings.spacing)
         what += (settings.all_frames, settings.largest_component, settings.mirrored)
         parts = Parts(folder / PARTS / model, what)

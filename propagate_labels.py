@@ -15,7 +15,7 @@ from cardiac.losses import IGNORED
 from cardiac.nifti import write_labels
 from cardiac.parts import PARTS, UNKEPT, Parts
 from cardiac.preprocessing import most_likely, one_hot
-from cardiac.run import choose_device, describe, run_folder, script
+from cardiac.run import cases_digest, choose_device, describe, run_folder, script
 from cardiac.settings import PropagationSettings, parse
 from cardiac.slices import SliceStore
 
@@ -32,7 +32,7 @@ def main(argv):
     if not cases:
         raise InputError(f"{cache.root}: no case of Training has labels; there is nothing to propagate")
     made_from = f"registration of step {trained.step}, {weights_digest(network)}, {settings.frames}, "
-    made_from += f"{settings.recipe}, trust {trust.RULES if settings.trust else None}"
+    made_from += f"{settings.recipe}, trust {trust.RULES if settings.trust else None}, {cases_digest(cases)}"
     with run_folder(settings, "propagation", cache.cases) as folder:
         path = folder / "labels.h5"
         if propagation.made_from(path) == made_from:

@@ -21,11 +21,14 @@ from cardiac.training import fit
 
 
 class Segmentation:
-    """The task of the training loop: labelled slices, cross-entropy, Dice by case."""
+    """The task of the training loop: labelled slices, cross-entropy, Dice by case.
 
-    def __init__(self, settings, slices, validation):
+    logged: cases of `validation` whose scores decide nothing, since no label of their vendor was trained on.
+    """
+
+    def __init__(self, settings, slices, validation, logged=()):
         self.settings, self.slices, self.validation = settings, slices, validation
-        self.seen = {case.vendor for case in slices.store.cases if case.labelled}
+        self.logged = {case.code for case in logged}
         torch.manual_seed(settings.seed)
         self.network = networks.SegmentationNetwork(settings.channels)
 
@@ -45,21 +48,22 @@ class Segmentation:
         return {"loss": entropy + self.settings.dice_weight * overlap, "entropy": entropy, "overlap": overlap}
 
     def validate(self):
-        """Loss and Dice of LV, MYO and RV, by case and phase, of seen vendors; Dice of the others."""
-        store, entropy, seen, unseen = self.validation, [], [], []
+        """Loss and Dice of LV, MYO and RV, by case and phase, of cases that decide; Dice of the others."""
+        store, entropy, deciding, logged = self.validation, [], [], []
         for case in store.cases:
+            decides = case.code not in self.logged
             for frame in case.expert:
                 labels = store.expert(case, frame)
                 probabilities = networks.segment(self.network, store.frame(case, frame))
                 scores = losses.region_dice(probabilities.argmax(1), labels)
-                (seen if case.vendor in self.seen else unseen).append(scores)
-                if case.vendor in self.seen:
+                (deciding if decides else logged).append(scores)
+                if decides:
                     entropy.append(losses.cross_entropy(probabilities.clamp(min=1e-7).log(), labels))
-        by_region = torch.stack(seen).nanmean(0)
+        by_region = torch.stack(deciding).nanmean(0)
         row = {"val_loss": torch.stack(entropy).mean().item()}
         row |= {f"val_dice_{region}": value.item() for region, value in zip(REGIONS, by_region)}
-        if unseen:
-            row["unseen_dice"] = torch.stack(unseen).nanmean().item()
+        if logged:
+            row["unseen_dice"] = torch.stack(logged).nanmean().item()
         return {**row, "score": by_region.nanmean().item()}
 
 
@@ -105,7 +109,7 @@ def main(argv):
             slices = LabelledSlices(store, extra, settings.expert_share)
             print(f"{name}: {slices.expert} expert slices + {len(slices) - slices.expert} propagated, "
                   f"{settings.total_steps} steps of {settings.batch_size} on {describe(device)}")  # fmt: skip
-            task = Segmentation(settings, slices, validation)
+            task = Segmentation(settings, slices, validation, logged=unseen)
             if fit(task, settings, folder, device, outcome="example.png"):
                 load_network(task.network, folder / "best.pt", device)
                 report.draw_curves(folder)

@@ -69,6 +69,11 @@ def predict(network, store, frames):
     return labels, softmax
 
 
+def prediction_path(folder, code):
+    """Where the prediction of a case lies, below the folder of a model's."""
+    return folder / f"{code}_sa_pred.nii.gz"
+
+
 def score_model(model, network, cache, cases, settings, device, folder, parts=UNKEPT):
     """Predict and score `cases` with one model: writes predictions below `folder`, yields (row of cases.csv,
     the same row for the largest components or None). parts: where the scores of finished cases are kept.
@@ -78,8 +83,7 @@ def score_model(model, network, cache, cases, settings, device, folder, parts=UN
         store = SliceStore(cache, [case], device, place="file")  # of all frames, maybe two are read
         frames = range(case.frames) if settings.all_frames else (case.ed, case.es)
         prediction, softmax = predict(network, store, frames)
-        path = folder / f"{case.code}_sa_pred.nii.gz"
-        return case, prediction, softmax, path, settings.largest_component
+        return case, prediction, softmax, prediction_path(folder, case.code), settings.largest_component
 
     with worker_pool(settings.workers, len(cases)) as run:
         for case, found in zip(cases, parts.results(run, _write_and_score, cases, predicted)):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from cardiac import LABELS, REGIONS
 from cardiac.cases import load_case
+from cardiac.evaluation import prediction_path
 from cardiac.files import read_csv, replacing, write_bytes
 from cardiac.losses import IGNORED
 from cardiac.networks import register, segment
@@ -217,7 +218,7 @@ def draw_overlays(folder, results):
 
 def read_prediction(folder, model, code):
     """The prediction (X, Y, Z, T) uint8 of a case below the evaluation's folder."""
-    return read_label_values(folder / "predictions" / model / f"{code}_sa_pred.nii.gz")
+    return read_label_values(prediction_path(folder / "predictions" / model, code))
 
 
 def _draw_grid(axes, displacement, every=5):

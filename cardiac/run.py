@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -183,3 +184,8 @@ def dataset_identity(cases):
     training = [case for case in cases if case.split == "Training"]
     names = "\n".join(sorted(case.code for case in training or cases))
     return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+
+def cases_digest(cases):
+    """A digest of the cases that a result was made from: their codes, what the table says, their files."""
+    return hashlib.sha256(json.dumps([case.identity() for case in cases]).encode()).hexdigest()[:16]

@@ -31,6 +31,7 @@ class Settings:
     """What all four scripts take."""
 
     STRONG: ClassVar = {"crop": "motion"}  # the defaults that --recipe strong changes
+    REMADE: ClassVar = False  # whether what a script wrote is made anew when the run before it is another
 
     data: Path = setting(None, "dataset in the layout of M&Ms or ACDC", required=True)
     out: Path = setting(Path("runs"), "folder of this run")
@@ -123,6 +124,7 @@ class PropagationSettings(Settings):
     """`propagate_labels.py`."""
 
     STRONG: ClassVar = {**Settings.STRONG, "trust": True}
+    REMADE: ClassVar = True
     trust: bool = setting(
         False, "labels of ED and ES fused, every pixel weighed by trust, every slice checked (`trust.py`)"
     )
@@ -196,12 +198,14 @@ def parse(kind, argv, description, own=(), earlier=()):
         text = options.pop("help").replace("%", "%%")
         flag = "--" + item.name.replace("_", "-")
         if item.type is bool:
-            text += " (strong: on)" if kind.STRONG.get(item.name) else ""
+            text += f" (default: off{'; strong: on' if kind.STRONG.get(item.name) else ''})"
             parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
             continue
         if item.default not in (None, ()):
             strong = f"; strong: {kind.STRONG[item.name]}" if item.name in kind.STRONG else ""
             text += f" (default: {item.default}{strong})"
+        elif not (options.get("required") or "default:" in text):
+            text += " (default: none)"
         if "choices" not in options:
             options.setdefault("metavar", item.type.__name__.upper())
         options.setdefault("type", item.type)
@@ -209,18 +213,16 @@ def parse(kind, argv, description, own=(), earlier=()):
     typed = vars(parser.parse_args(argv))
     settings = kind(**typed)
 
-    known = set(typed)
-    own = [settings.out / folder / "config.json" for folder in own if not settings.overwrite]
-    for config in own:
-        if config.exists():
-            stored = _stored(config)
-            if "epochs" in typed:  # not to be overridden by a --max-steps of then
-                stored.pop("max_steps", None)
-            known |= _merge(settings, typed, stored, config)
-    for config in [settings.out / folder / "config.json" for folder in earlier]:
-        if config.exists():
-            stored = {name: value for name, value in _stored(config).items() if name in SHARED}
-            known |= _merge(settings, typed, stored, config)
+    known = dict.fromkeys(typed, "")  # name: the folder that gave its value
+    for folder in own if not settings.overwrite else ():
+        stored = _stored(settings.out / folder)
+        if "epochs" in typed:  # not to be overridden by a --max-steps of then
+            stored.pop("max_steps", None)
+        _merge(settings, known, stored, settings.out / folder)
+    for folder in earlier:
+        stored = _stored(settings.out / folder)
+        stored = {name: value for name, value in stored.items() if name in SHARED}
+        _merge(settings, known, stored, settings.out / folder)
     if settings.recipe == "strong":
         for name, value in kind.STRONG.items():
             if name not in known:
@@ -240,26 +242,29 @@ def parse(kind, argv, description, own=(), earlier=()):
     return settings
 
 
-def _stored(config):
+def _stored(folder):
+    """The settings of the run in a folder; none where there is no run."""
+    config = folder / "config.json"
+    if not config.exists():
+        return {}
     stored = read_json(config)
     if not isinstance(stored.get("settings"), dict):
         raise InputError(f"{config}: not the settings of a run; remove it or start with --overwrite")
     return stored["settings"]
 
 
-def _merge(settings, typed, stored, config):
-    """Take what was not typed from the `stored` settings of a run; a typed word must not contradict them.
-
-    Returns the names that the run knows.
+def _merge(settings, known, stored, folder):
+    """Take what is not yet `known` from the `stored` settings of the run in a folder; what is, whether typed
+    or of another run, must not contradict them.
     """
-    names = {item.name for item in dataclasses.fields(settings)} & set(stored) - set(HERE)
-    for name in names:
-        if name not in typed:
+    for name in {item.name for item in dataclasses.fields(settings)} & set(stored) - set(HERE):
+        value, flag = getattr(settings, name), "--" + name.replace("_", "-")
+        if name not in known or (known[name] and (name in BUDGET or settings.REMADE)):
             setattr(settings, name, stored[name])
-        elif name not in BUDGET and getattr(settings, name) != stored[name]:
-            flag = "--" + name.replace("_", "-")
+            known[name] = f" of {folder}"
+        elif name not in BUDGET and value != stored[name]:
+            what = "make one of them anew" if known[name] else "leave it away, start anew"
             raise InputError(
-                f"{flag} {getattr(settings, name)} contradicts {flag} {stored[name]} of {config.parent}; "
-                "leave it away, choose another --out, or start anew with --overwrite"
+                f"{flag} {value}{known[name]} contradicts {flag} {stored[name]} of {folder}; "
+                f"{what} with --overwrite, or choose another --out"
             )
-    return names

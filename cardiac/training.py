@@ -132,8 +132,9 @@ class Run:
         if whole:
             self.schedule.step(scores["val_loss"])
             self.meter.restart()
-        if scores["score"] > progress.best and (whole or len(progress.rows) == 1):
-            progress.best = scores["score"]
+        better = scores["score"] > progress.best or not (self.folder / "best.pt").exists()  # NaN is neither
+        if better and (whole or len(progress.rows) == 1):
+            progress.best = max(progress.best, scores["score"])
             with self.average.applied():
                 self.save("best.pt")
         if parallel.RANK == 0:

@@ -254,6 +254,25 @@ def test_a_split_that_is_absent_is_named(run, tmp_path, capsys):
     assert not (run.folder / "other").exists()
 
 
+def test_a_case_that_is_new_or_another_is_scored(run, tmp_path, capsys):
+    data = shutil.copytree(run.data, tmp_path / "data" / run.data.name)
+    assert run("--cache", tmp_path / "cache", data=data) == 0
+    case = TESTING[0]
+    label = data / "Testing" / case.code / f"{case.code}_sa_gt.nii.gz"
+    image = nib.load(label)
+    voxels = np.asarray(image.dataobj).copy()
+    voxels[:, :, 0] = 0
+    nib.save(nib.Nifti1Image(voxels, None, image.header), label)
+    before = read_csv(run.folder / "cases.csv")
+    assert run("--cache", tmp_path / "cache", data=data) == 0
+    after = read_csv(run.folder / "cases.csv")
+    assert {one["case"] for one, other in zip(before, after) if one != other} == {case.code}
+    predictions = run.folder / "predictions" / "original"
+    assert {path.name for path in predictions.iterdir()} == {f"{c.code}_sa_pred.nii.gz" for c in TESTING}
+    assert run("--cache", tmp_path / "cache", "--split", "Validation", data=data) == 0
+    assert {path.name[:6] for path in predictions.iterdir()} == {"D1A1A1", "D2C2C2"}
+
+
 @pytest.mark.parametrize(
     ("words", "said"), [(["--view", "nobody"], "nobody"), (["--predict", "x.nii.gz"], "either")]
 )

@@ -403,7 +403,7 @@ def test_labels_of_an_older_registration_are_made_anew(run, capsys):
     labels = out / "propagation" / "nifti" / "A0A0A0_sa_propagated.nii.gz"
     written = labels.stat().st_mtime_ns
     before = propagation.made_from(out / "propagation" / "labels.h5")
-    assert train_registration.main([*words, *SHORT, "--seed", "1", "--overwrite"]) == 0
+    assert train_registration.main([*words, *SHORT, "--lr", "0.002", "--overwrite"]) == 0
     assert propagate_labels.main(words) == 0
     assert propagation.made_from(out / "propagation" / "labels.h5") != before
     assert labels.stat().st_mtime_ns > written, "--nifti is one of the run's words"
@@ -412,6 +412,21 @@ def test_labels_of_an_older_registration_are_made_anew(run, capsys):
     assert "other propagated labels" in capsys.readouterr().err
     words += ["--overwrite", "--labels", "propagated", "--channels=1"]
     assert train_segmentation.main([*words, *SHORT]) == 0
+
+
+def test_labels_of_a_case_that_has_changed_are_made_anew(run, tmp_path):
+    words, out = run
+    data = shutil.copytree(words[1], tmp_path / "data" / Path(words[1]).name)
+    case = data / MMS_CASES[0].folder / "A0A0A0" / "A0A0A0_sa_gt.nii.gz"
+    labels = nib.load(case)
+    moved = np.asarray(labels.dataobj)[..., [0, 1, 3, 2, 4]]
+    nib.save(nib.Nifti1Image(moved, None, labels.header), case)
+    table = next(data.glob("*.csv"))
+    table.write_text(table.read_text().replace("A0A0A0,Siemens,A,1,0,2", "A0A0A0,Siemens,A,1,0,3"))
+    words[1] = str(data)
+    assert propagate_labels.main([*words, "--cache", str(tmp_path / "cache")]) == 0
+    rows = rows_of(out / "propagation" / "quality.csv")
+    assert {row["frame"] for row in rows if row["case"] == "A0A0A0"} == {"1", "2"}
 
 
 def test_labels_of_another_grid_are_refused(run, capsys):
@@ -448,6 +463,15 @@ def test_two_frames_have_nothing_between_and_original_is_trained_alone(tmp_path,
     trained = tmp_path / "run" / "segmentation"
     assert [path.name for path in trained.iterdir()] == ["original"]
     assert (trained / "original" / "best.pt").exists()
+
+
+def test_without_validation_the_patient_held_out_may_be_the_only_one_of_a_vendor(tmp_path):
+    write_mms(tmp_path / "bare", [Tiny("A0A0A0"), Tiny("B0B0B0", vendor="B", ed=4, es=1)])
+    words = ["--data", str(tmp_path / "bare"), "--out", str(tmp_path / "run"), *SHORT]
+    assert train_segmentation.main([*words, "--labels", "original", "--channels", "1"]) == 0
+    (row, *_) = rows_of(tmp_path / "run" / "segmentation" / "original" / "log.csv")
+    assert float(row["val_dice_LV"]) >= 0
+    assert "unseen_dice" not in row
 
 
 def test_without_validation_the_held_out_patient_gives_no_labels_to_training(tmp_path, capsys):

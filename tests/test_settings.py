@@ -44,6 +44,10 @@ def test_help_shows_every_setting_with_its_default(module, kind, capsys):
             assert f"(default: {item.default}" in text, item.name
         for choice in item.metadata.get("choices", ()):
             assert choice in text
+    off = sum(item.default is False for item in dataclasses.fields(kind))
+    assert text.count("(default: off") == off
+    required = sum(item.metadata.get("required", False) for item in dataclasses.fields(kind))
+    assert text.count("(default: ") == len(dataclasses.fields(kind)) - required
 
 
 def test_the_words_of_the_design_are_there():
@@ -124,6 +128,26 @@ def test_a_contradiction_names_both_values_and_the_run(tmp_path, word, value, th
         later(RegistrationSettings, tmp_path, word, value, own=["registration"])
     assert f"{word} {value} contradicts {word} {there}" in str(caught.value)
     assert str(tmp_path / "registration") in str(caught.value)
+
+
+def test_runs_that_contradict_each_other_are_named_unless_the_later_one_is_made_anew(tmp_path):
+    stored_run(tmp_path, "registration", RegistrationSettings, size=48)
+    for folder in ("segmentation/original", "propagation"):
+        stored_run(tmp_path, folder, SegmentationSettings, size=32, seed=1)
+    words = {"own": ["segmentation/original"], "earlier": ["registration"]}
+    with pytest.raises(InputError) as caught:
+        later(SegmentationSettings, tmp_path, **words)
+    size, seed = (
+        f"--{name} {one} of {tmp_path}/segmentation/original contradicts --{name} {other} of {tmp_path}/reg"
+        for name, one, other in (("size", 32, 48), ("seed", 1, 0))
+    )
+    assert str(caught.value).startswith((size, seed))
+    assert later(SegmentationSettings, tmp_path, "--overwrite", **words).size == 48
+    anew = later(PropagationSettings, tmp_path, own=["propagation"], earlier=["registration"])
+    assert (anew.size, anew.seed) == (48, 0)
+    stored_run(tmp_path, "segmentation/propagated", SegmentationSettings, size=48)
+    with pytest.raises(InputError, match=r"contradicts .*make one of them anew with --overwrite"):
+        later(EvaluationSettings, tmp_path, earlier=["segmentation/original", "segmentation/propagated"])
 
 
 def test_overwrite_forgets_the_run_but_not_the_scripts_before(tmp_path):

@@ -386,6 +386,15 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_named_and_keeps_last(tmp_
     assert without_timing(state["network"]) == without_timing(good["network"])
 
 
+def test_a_score_that_is_not_defined_still_leaves_a_best_checkpoint(tmp_path):
+    train(tmp_path / "run", Task(scores={4: math.nan, 8: math.nan, 12: math.nan}))
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert best["progress"]["step"] == 4
+    train(tmp_path / "other", Task(scores={4: math.nan, 8: 0.1, 12: math.nan}))
+    best = torch.load(tmp_path / "other" / "best.pt", weights_only=True)
+    assert (best["progress"]["step"], best["progress"]["best"]) == (8, 0.1)
+
+
 def test_weights_that_are_not_finite_are_not_kept_even_where_the_loss_still_is(tmp_path):
     class Root(Task):
         def losses(self, batch):
