@@ -99,23 +99,24 @@ def ratio(what, one, other, **target):
     return Row(what, list(one / other), **target)
 
 
-def memory_of(expression):
+def memory_of(expression, on_card=DEVICE.type == "cuda"):
     """MB that each of some functions adds at its peak, in one process of its own: a list.
 
     expression: a call, such as "registration.work('ours')", that gives them, those that need less first.
+    on_card: whether memory of the card counts, or the process's.
     """
-    code = f"from benchmarks import common; common.measure({expression!r})"
+    code = f"from benchmarks import common; common.measure({expression!r}, {on_card})"
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(expression):
+def measure(expression, on_card):
     """What the process of `memory_of` runs."""
     torch.set_num_threads(1)
     module = expression.split(".")[0]
     functions = eval(expression, {module: import_module(f"benchmarks.{module}")})
-    on_card, peaks = torch.cuda.is_available(), []
+    peaks = []
     before = torch.cuda.memory_allocated() / 1e6 if on_card else _resident("VmRSS")
     for function in functions:
         if on_card:

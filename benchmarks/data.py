@@ -14,6 +14,7 @@ import train_registration
 from benchmarks.common import CPU, DEVICE, Row, cache_of, in_turn, memory_of, ratio, write_dataset
 from benchmarks.reading import read
 from cardiac.cache import open_cache
+from cardiac.networks import mixed_precision
 from cardiac.settings import RegistrationSettings
 from cardiac.slices import Pairs, SliceStore
 from cardiac.workers import worker_pool
@@ -121,11 +122,13 @@ def building(data, folder):
 
 def memory(folder):
     """Rows of what a process takes at its peak, small and large."""
-    drawn = {n: memory_of(f"data.drawing({str(folder / f'{n}.h5')!r}, {n})")[0] for n in (35, 345)}
-    built = {}
+    drawn, built = {}, {}
+    for n in (35, 345):
+        drawn[n] = memory_of(f"data.drawing({str(folder / f'{n}.h5')!r}, {n})", on_card=False)[0]
     for n in (4, 24):
         data = write_dataset(folder / f"Memory{n}", n, (128, 128, 8, 12))
-        built[n] = memory_of(f"data.building({str(data)!r}, {str(folder / 'memory')!r})")[0]
+        expression = f"data.building({str(data)!r}, {str(folder / 'memory')!r})"
+        built[n] = memory_of(expression, on_card=False)[0]
     return [
         Row("drawing from the file, 35 cases x 25 frames (0.6 GB)", [drawn[35]], "MB"),
         Row("drawing from the file, 345 cases x 25 frames (6.4 GB)", [drawn[345]], "MB"),
@@ -152,8 +155,9 @@ def from_file(folder, rounds):
             task.pairs.store = stores[place]
             if disk:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
-                loss = task.losses(task.draw(next(count)))["loss"]
+            batch = task.draw(next(count))
+            with mixed_precision(DEVICE):
+                loss = task.losses(batch)["loss"]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -1,8 +1,8 @@
 """What a GPU would wait for: the processor's part of the work, Python and PyTorch's dispatch.
 
 Two slices of 16 x 16 a step are little arithmetic, and PyTorch is asked for the same operations as for many
-large ones. What is left is about what the processor needs to keep a GPU busy; launches come on top of it, and
-the casts of mixed precision, which the CPU does without.
+large ones. What is left is about what the processor needs to keep a GPU busy; measured on a CPU, launches
+come on top of it, and the casts of mixed precision, which the CPU does without.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import torch
 import propagate_labels
 import train_registration
 import train_segmentation
-from benchmarks.common import CPU, Row, cache_of, in_turn, milliseconds
+from benchmarks.common import DEVICE, Row, cache_of, in_turn, milliseconds
 from benchmarks.propagation import CASES
 from cardiac import networks
 from cardiac.settings import PropagationSettings, RegistrationSettings, SegmentationSettings
@@ -35,22 +35,22 @@ def strong(kind, **words):
 def work(folder):
     """{what: function} of a step of each training, as the loop makes it, and of propagating a case."""
     cache = cache_of(folder / "small.h5", 4, 25, 10, SIZE)
-    store = SliceStore(cache, cache.cases, CPU)
+    store = SliceStore(cache, cache.cases, DEVICE)
     settings = strong(RegistrationSettings, steps_per_epoch=10**6, batch_size=BATCH)
     registration = train_registration.Registration(settings, store, store)
     settings = strong(SegmentationSettings, steps_per_epoch=10**6, batch_size=BATCH, channels=8)
     segmentation = train_segmentation.Segmentation(settings, LabelledSlices(store), store)
     found = {}
     for name, task in (("registration", registration), ("segmentation", segmentation)):
-        run = Run(task, task.settings, folder, CPU)
+        run = Run(task, task.settings, folder, DEVICE)
         run.begin().bar.disable = True
         found[f"{name}: a step"] = run.step
-    network = networks.RegistrationNetwork(guided=True).eval()
+    network = networks.RegistrationNetwork(guided=True).to(DEVICE).eval()
     settings = strong(PropagationSettings)
 
     def propagating():
         with contextlib.redirect_stderr(io.StringIO()), BATCHES_OF_A_GPU:
-            propagate_labels.propagate_case(network, cache, cache.cases[0], settings, CPU)
+            propagate_labels.propagate_case(network, cache, cache.cases[0], settings, DEVICE)
 
     return {**found, "propagating a case": propagating}
 
@@ -80,6 +80,7 @@ def sections(rounds):
     rows.append(Row(f"propagating a whole M&Ms: {CASES} such cases", list(seconds), "s"))
     text = (
         f"The same work on slices of {SIZE} x {SIZE}, {BATCH} a step, 25 frames of 10 a case, strong recipe: "
-        "what is left is about the processor's part, for which a GPU would wait; launches come on top."
+        "what is left is about the processor's part, for which a GPU waits"
+        + ("." if DEVICE.type == "cuda" else "; launches come on top.")
     )
     yield "What a GPU would wait for", text, rows

@@ -7,6 +7,7 @@ VoxelMorph needs no dependency of its own but for its first import, which is ste
 All take the same slices and the same loss, mean squared error + 0.01 x diffusion, and a step of Adam.
 """
 
+import contextlib
 import importlib.util
 import inspect
 import sys
@@ -54,7 +55,7 @@ class Ours:
         self.regions = losses.one_hot(self.labels)
 
     def train(self, moving, fixed):
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+        with networks.mixed_precision(DEVICE):
             velocity = self.network(moving, fixed, self.regions)
         warped = warp(moving, resize_displacement(integrate(velocity), self.size))
         return warped, velocity
@@ -64,19 +65,33 @@ class Ours:
 
 
 class Theirs:
-    """A network of theirs, which gives the warped image and the field that the smoothness counts."""
+    """A network of theirs, which gives the warped image and the field that the smoothness counts.
 
-    def __init__(self, network, **registering):
+    As they ship it: on a card in float32, convolutions in TF32. mixed: in bfloat16 where ours is, with
+    channels_last, so that a ratio is one of networks alone.
+    """
+
+    def __init__(self, network, mixed=False, **registering):
         self.network, self.registering = network.to(DEVICE), registering
+        self.context = networks.mixed_precision if mixed else lambda device: contextlib.nullcontext()
+        if mixed:
+            self.network.to(memory_format=torch.channels_last)
 
     def train(self, moving, fixed):
-        return self.network(moving, fixed)
+        with self.context(DEVICE):
+            warped, field = self.network(moving, fixed)
+        return warped.float(), field.float()
 
     def register(self, moving, fixed):
-        with torch.no_grad():
+        with torch.no_grad(), self.context(DEVICE):
             return self.network(moving, fixed, **self.registering)[0]
 
 
+MIXED = {  # on a card alone: on the CPU all is float32
+    "VxmDense in bfloat16": lambda size: Theirs(
+        voxelmorph().VxmDense((size, size)), mixed=True, registration=True
+    ),
+}
 CONTESTANTS = {  # name: what makes it for slices of size x size
     "ours": Ours,
     GUIDED: lambda size: Ours(size, guided=True),
@@ -87,7 +102,7 @@ CONTESTANTS = {  # name: what makes it for slices of size x size
     "MONAI VoxelMorph": lambda size: Theirs(
         VoxelMorph(VoxelMorphUNet(2, 2, 32, (16, 32, 32, 32, 32, 32), (16, 16)), spatial_dims=2)
     ),
-}
+} | (MIXED if DEVICE.type == "cuda" else {})
 
 
 def pair(size, batch=BATCH):
@@ -112,7 +127,8 @@ def step(contestant, size):
 
 def inference(contestant, size):
     """A function that registers one batch."""
-    return lambda: contestant.register(*pair(size))
+    moving, fixed = pair(size)
+    return lambda: contestant.register(moving, fixed)
 
 
 def work(name):
@@ -232,6 +248,7 @@ def local_ncc(size, rounds):
     def run(formula):
         return lambda: torch.autograd.grad(formula(moving, fixed), moving)
 
+    torch.backends.cudnn.allow_tf32 = False  # the error is to be the formula's, not its convolutions'
     times = in_turn({"ours": run(losses.local_ncc), "theirs": run(voxelmorph_ncc)}, rounds)
     patches = torch.from_numpy(labels_like_a_heart(2 * BATCH, size)).to(DEVICE)[:, None]
     scale, errors = torch.tensor([100.0, 1500.0, 700.0, 1300.0], device=DEVICE), {"ours": [], "theirs": []}

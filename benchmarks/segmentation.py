@@ -20,6 +20,7 @@ from benchmarks.common import DEVICE, Row, cache_of, in_turn, labels_like_a_hear
 from cardiac import augment, networks
 from cardiac.settings import RegistrationSettings, SegmentationSettings
 from cardiac.slices import LabelledSlices, SliceStore
+from cardiac.training import Run
 
 BATCH, SIZE = (16, 192) if DEVICE.type == "cuda" else (4, 128)
 CHANNELS = 32
@@ -34,7 +35,7 @@ def step(network, batch=BATCH, size=SIZE):
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
 
     def one_step():
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+        with networks.mixed_precision(DEVICE):
             logits = network(images)
         loss = F.cross_entropy(logits.float(), labels)
         optimizer.zero_grad()
@@ -63,27 +64,19 @@ def tasks(folder):
     """The two tasks of the training scripts, augmented, on made-up slices."""
     cache = cache_of(folder / "tasks.h5", 4, 12, 8, SIZE)
     store = SliceStore(cache, cache.cases, DEVICE)
-    words = {"augment": True, "size": SIZE}
+    words = {"augment": True, "size": SIZE, "steps_per_epoch": 10**6}
     registration = RegistrationSettings(**words, batch_size=16)
     segmentation = SegmentationSettings(**words, batch_size=BATCH, channels=CHANNELS)
     yield "registration", train_registration.Registration(registration, store, store)
     yield "segmentation", train_segmentation.Segmentation(segmentation, LabelledSlices(store), store)
 
 
-def data_share(task, rounds):
-    """Time of drawing a step's batch, transforms included, and of the whole step."""
-    task.network.to(DEVICE, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.Adam(task.network.parameters(), lr=1e-4)
+def data_share(task, folder, rounds):
+    """Time of drawing a step's batch, transforms included, and of the whole step as the loop makes it."""
+    run = Run(task, task.settings, folder, DEVICE)
+    run.begin().bar.disable = True
     count = iter(range(10**6))
-
-    def whole():
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
-            loss = task.losses(task.draw(next(count)))["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return in_turn({"draw": lambda: task.draw(next(count)), "step": whole}, rounds)
+    return in_turn({"draw": lambda: task.draw(next(count)), "step": run.step}, rounds)
 
 
 def their_loader(store, batch):
@@ -146,7 +139,7 @@ def sections(rounds):
         limit = 0.05 if DEVICE.type == "cuda" else 0.10
         rows = []
         for name, task in tasks(Path(folder)):
-            times = data_share(task, 3 * rounds if name == "registration" else rounds)
+            times = data_share(task, Path(folder), 3 * rounds if name == "registration" else rounds)
             draw = float(np.median(times["draw"]))
             rows.append(milliseconds(f"{name}: choosing and transforming a batch", times["draw"]))
             rows.append(Row("... / the whole training step", list(draw / times["step"]), at_most=limit))
