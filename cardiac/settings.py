@@ -257,7 +257,9 @@ def _merge(settings, known, stored, folder):
     """Take what is not yet `known` from the `stored` settings of the run in a folder; what is, whether typed
     or of another run, must not contradict them.
     """
-    for name in {item.name for item in dataclasses.fields(settings)} & set(stored) - set(HERE):
+    for name in (item.name for item in dataclasses.fields(settings) if item.name not in HERE):
+        if name not in stored:
+            continue
         value, flag = getattr(settings, name), "--" + name.replace("_", "-")
         if name not in known or (known[name] and (name in BUDGET or settings.REMADE)):
             setattr(settings, name, stored[name])
