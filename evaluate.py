@@ -80,14 +80,14 @@ def score(models, cache, cases, settings, device, folder):
     for model, (network, progress) in models.items():
         print(f"{model}, {progress.step} steps: {len(cases)} cases of {settings.split} on {describe(device)}")
         predictions = folder / "predictions" / model
-        wanted = {evaluation.prediction_path(predictions, case.code) for case in cases}
-        for path in set(predictions.glob("*")) - wanted:  # of another split
-            path.unlink()
         what = (weights_digest(network), settings.size, settings.spacing)
         what += (settings.all_frames, settings.largest_component, settings.mirrored)
         parts = Parts(folder / PARTS / model, what)
         scored = evaluation.score_model(model, network, cache, cases, settings, device, predictions, parts)
         rows += tqdm(scored, model, total=6 * len(cases), unit="score")
+        wanted = {evaluation.prediction_path(predictions, case.code) for case in cases}
+        for path in set(predictions.glob(evaluation.prediction_path(predictions, "*").name)) - wanted:
+            path.unlink()  # of another split
     whole, largest = zip(*rows)
     write_csv(folder / "cases.csv", evaluation.CASES, whole)
     if settings.largest_component:

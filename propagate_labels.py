@@ -31,8 +31,9 @@ def main(argv):
     cases = [case for case in cache.split("Training") if case.labelled]
     if not cases:
         raise InputError(f"{cache.root}: no case of Training has labels; there is nothing to propagate")
-    made_from = f"registration of step {trained.step}, {weights_digest(network)}, {settings.frames}, "
-    made_from += f"{settings.recipe}, trust {trust.RULES if settings.trust else None}, {cases_digest(cases)}"
+    rules = f"registration of step {trained.step}, {weights_digest(network)}, {settings.frames}, "
+    rules += f"{settings.recipe}, trust {trust.RULES if settings.trust else None}"
+    made_from = f"{rules}, {cases_digest(cases)}"
     with run_folder(settings, "propagation", cache.cases) as folder:
         path = folder / "labels.h5"
         if propagation.made_from(path) == made_from:
@@ -44,7 +45,7 @@ def main(argv):
             print(
                 f"propagation: {len(cases)} cases, registration of step {trained.step}, on {describe(device)}"
             )
-            parts = Parts(folder / PARTS, (made_from, settings.size, settings.spacing))
+            parts = Parts(folder / PARTS, (rules, settings.size, settings.spacing))
             propagated, rows = propagate(network, cache, cases, settings, device, parts)
             columns = (*COLUMNS, "fault") if settings.trust else COLUMNS
             write_csv(folder / "quality.csv", columns, rows)

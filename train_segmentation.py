@@ -13,7 +13,7 @@ from cardiac.cache import open_cache
 from cardiac.checkpoint import load_network
 from cardiac.files import InputError, read_json
 from cardiac.parallel import from_first, in_first
-from cardiac.propagation import Propagated, made_from
+from cardiac.propagation import Propagated
 from cardiac.run import choose_device, describe, run_folder, script
 from cardiac.settings import SegmentationSettings, parse
 from cardiac.slices import LabelledSlices, SliceStore
@@ -104,7 +104,7 @@ def main(argv):
     validation = SliceStore(cache, validation + unseen, device, "validation")
     for name, place in folders.items():
         extra = propagated if name == "propagated" else None
-        labels = made_from(settings.out / "propagation" / "labels.h5") if extra else None
+        labels = extra.digest() if extra else None
         with in_first(run_folder(settings, place, cache.cases, labels)) as folder:
             slices = LabelledSlices(store, extra, settings.expert_share)
             print(f"{name}: {slices.expert} expert slices + {len(slices) - slices.expert} propagated, "

@@ -248,8 +248,8 @@ def local_ncc(size, rounds):
     def run(formula):
         return lambda: torch.autograd.grad(formula(moving, fixed), moving)
 
-    torch.backends.cudnn.allow_tf32 = False  # the error is to be the formula's, not its convolutions'
     times = in_turn({"ours": run(losses.local_ncc), "theirs": run(voxelmorph_ncc)}, rounds)
+    torch.backends.cudnn.allow_tf32 = False  # the error is to be the formula's, not its convolutions'
     patches = torch.from_numpy(labels_like_a_heart(2 * BATCH, size)).to(DEVICE)[:, None]
     scale, errors = torch.tensor([100.0, 1500.0, 700.0, 1300.0], device=DEVICE), {"ours": [], "theirs": []}
     for noise in (0.0, 0.01, 1.0):

@@ -42,11 +42,11 @@ def joined():
 
 
 def leave(code):
-    """End this process of torchrun, whose work is done, without Python's way out and without waiting for the
-    others, as NCCL would.
+    """End this process of torchrun, whose work is done, without waiting for the others, as NCCL would, and
+    without Python's way out.
 
-    There torch 2.14 now and then aborts ("terminate called without an active exception", seen on the CPU),
-    and torchrun then ends the others, the first among them, which may still be scoring.
+    On that way torch 2.14 now and then aborts ("terminate called without an active exception", seen on the
+    CPU), and torchrun then ends the others, the first among them, which may still be scoring.
     """
     sys.stdout.flush()
     sys.stderr.flush()

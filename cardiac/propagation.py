@@ -1,5 +1,7 @@
 """Labels through time: expert labels of ED (and ES) warped to the frames between."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 
 import h5py
@@ -85,6 +87,13 @@ class Propagated:
             file.create_dataset("slice", data=np.array(slices, np.int32))
             file.create_dataset("confidence", data=np.array(self.confidence, np.float32))
             file.attrs["made_from"] = made_from
+
+    def digest(self):
+        """A digest of what a network is trained on: labels, their places and trust."""
+        found = hashlib.sha256(json.dumps(self.where).encode())
+        for array in (self.labels, self.trust):
+            found.update(b"" if array is None else np.ascontiguousarray(array))
+        return found.hexdigest()[:16]
 
     def of(self, case):
         """The propagated labels of a case: {frame: (Z, S, S) uint8}, IGNORED in slices without."""

@@ -52,6 +52,10 @@ class Settings:
     skip_bad: bool = setting(False, "go on without cases that cannot be read")
     overwrite: bool = setting(False, "start anew: what this script wrote in OUT before is removed")
 
+    def writes(self, folder):
+        """Whether this call of the script writes to this one of its folders below OUT."""
+        return True
+
     def check(self):
         """Raise InputError for a value that cannot work, before any work is done."""
         counts = ("batch_size", "epochs", "max_steps", "steps_per_epoch", "channels", "labelled_cases")
@@ -149,6 +153,10 @@ class SegmentationSettings(TrainingSettings):
     labels: str = setting("both", "labels to train on", choices=("original", "propagated", "both"))
     channels: int = setting(32, "channels of the U-Net's first level")
 
+    def writes(self, folder):
+        """Whether this call of the script writes to this one of its folders below OUT."""
+        return self.labels in ("both", Path(folder).name)
+
 
 @dataclass
 class EvaluationSettings(Settings):
@@ -214,12 +222,16 @@ def parse(kind, argv, description, own=(), earlier=()):
     settings = kind(**typed)
 
     known = dict.fromkeys(typed, "")  # name: the folder that gave its value
-    for folder in own if not settings.overwrite else ():
+    written = [folder for folder in own if settings.writes(folder)]
+    plain = {item.name: item.default for item in dataclasses.fields(kind)}
+    for folder in written if not settings.overwrite else ():
         stored = _stored(settings.out / folder)
+        if stored:  # a setting that there was not then is at its plain default, whatever the recipe
+            stored = {**plain, **stored}
         if "epochs" in typed:  # not to be overridden by a --max-steps of then
             stored.pop("max_steps", None)
         _merge(settings, known, stored, settings.out / folder)
-    for folder in earlier:
+    for folder in (*earlier, *(folder for folder in own if folder not in written)):
         stored = _stored(settings.out / folder)
         stored = {name: value for name, value in stored.items() if name in SHARED}
         _merge(settings, known, stored, settings.out / folder)
@@ -255,7 +267,7 @@ def _stored(folder):
 
 def _merge(settings, known, stored, folder):
     """Take what is not yet `known` from the `stored` settings of the run in a folder; what is, whether typed
-    or of another run, must not contradict them.
+    or of another run, must not contradict them. Runs may differ in their seed: the first one counts.
     """
     for name in (item.name for item in dataclasses.fields(settings) if item.name not in HERE):
         if name not in stored:
@@ -264,7 +276,7 @@ def _merge(settings, known, stored, folder):
         if name not in known or (known[name] and (name in BUDGET or settings.REMADE)):
             setattr(settings, name, stored[name])
             known[name] = f" of {folder}"
-        elif name not in BUDGET and value != stored[name]:
+        elif value != stored[name] and name not in (BUDGET if not known[name] else (*BUDGET, "seed")):
             what = "make one of them anew" if known[name] else "leave it away, start anew"
             raise InputError(
                 f"{flag} {value}{known[name]} contradicts {flag} {stored[name]} of {folder}; "

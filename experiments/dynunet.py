@@ -34,8 +34,9 @@ COLUMNS = ("seed", "parameters", "training_seconds", *evaluation.CASES)
 class DynUNetSegmentation(Segmentation):
     """The same task with nnU-Net's 2-D architecture: strided convolutions, instance norm, leaky ReLU."""
 
-    def __init__(self, settings, slices, validation):
-        super().__init__(settings, slices, validation)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        settings = self.settings
         torch.manual_seed(settings.seed)
         strides = (1, 2, 2, 2, 2)  # as deep as ours: sides that are multiples of 16 need no padding
         self.network = DynUNet(
@@ -72,7 +73,8 @@ def run(model, seed, words, others):
     training, validation, unseen = cache.training_and_validation(seed)
     store = SliceStore(cache, [case for case in training if case.labelled], device, "training")
     with run_folder(settings, "segmentation/original", cache.cases) as folder:
-        task = task_class(settings, LabelledSlices(store), SliceStore(cache, validation + unseen, device))
+        validated = SliceStore(cache, validation + unseen, device)
+        task = task_class(settings, LabelledSlices(store), validated, unseen)
         print(f"{model}, seed {seed}: {settings.total_steps} steps of {settings.batch_size}")
         fit(task, settings, folder, device)
         load_network(task.network, folder / "best.pt", device)

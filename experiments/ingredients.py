@@ -8,6 +8,8 @@ its standard deviation over seeds), and the largest share of folded pixels near 
 OUT/runs.csv already are not made again.
 """
 
+import re
+
 import numpy as np
 from common import arguments, call, results
 
@@ -57,7 +59,7 @@ def main():
     words = parser.parse_args()
 
     def run(name, seed):
-        folder = words.out / f"seed{seed}" / str(list(RUNS).index(name))
+        folder = words.out / f"seed{seed}" / re.sub(r"\W+", "-", name)
         cache = words.out / ("cache-centre" if name == "paper" else "cache-motion")
         common = ["--data", words.data, "--cache", cache, "--out", folder, "--seed", seed]
         grid = ["--size", words.size, "--spacing", words.spacing, "--max-steps", words.steps]

@@ -408,9 +408,14 @@ def test_labels_of_an_older_registration_are_made_anew(run, capsys):
     assert propagation.made_from(out / "propagation" / "labels.h5") != before
     assert labels.stat().st_mtime_ns > written, "--nifti is one of the run's words"
 
+    propagated = Propagated.read(out / "propagation" / "labels.h5")
+    assert train_segmentation.main(words) == 0, "made anew, but the same: nothing had been learnt"
+    propagated.labels[0, :4] = 1
+    propagated.write(out / "propagation" / "labels.h5", "another registration")
     assert train_segmentation.main(words) == 2, "what is there was trained on the older labels"
     assert "other propagated labels" in capsys.readouterr().err
-    words += ["--overwrite", "--labels", "propagated", "--channels=1"]
+    words += ["--overwrite", "--labels", "propagated"]
+    assert train_segmentation.main([*words, *SHORT, "--channels=1"]) == 2, "original has 2 channels"
     assert train_segmentation.main([*words, *SHORT]) == 0
 
 

@@ -147,6 +147,29 @@ def test_runs_that_contradict_each_other_are_named_unless_the_later_one_is_made_
         later(EvaluationSettings, tmp_path, earlier=["segmentation/original", "segmentation/propagated"])
 
 
+def test_each_u_net_goes_on_with_its_own_words(tmp_path):
+    folders = ["segmentation/original", "segmentation/propagated"]
+    stored_run(tmp_path, folders[0], SegmentationSettings, lr=0.5, channels=8, seed=1)
+    alone = later(SegmentationSettings, tmp_path, "--labels", "propagated", own=folders)
+    assert (alone.lr, alone.channels) == (1e-3, 8), "of the other what both must share"
+    stored_run(tmp_path, folders[1], SegmentationSettings, lr=0.25, channels=8)
+    for name, lr in (("original", 0.5), ("propagated", 0.25)):
+        assert later(SegmentationSettings, tmp_path, "--labels", name, own=folders).lr == lr
+    with pytest.raises(InputError, match=r"--lr 0\.5 of .* contradicts --lr 0\.25 of"):
+        later(SegmentationSettings, tmp_path, own=folders)
+    assert later(EvaluationSettings, tmp_path, earlier=folders).seed == 1, "seeds may differ"
+
+
+def test_a_setting_that_a_run_did_not_know_is_off_whatever_its_recipe(tmp_path):
+    stored_run(tmp_path, "registration", RegistrationSettings, recipe="strong", guided=True)
+    config = tmp_path / "registration" / "config.json"
+    content = json.loads(config.read_text())
+    del content["settings"]["folding_weight"]
+    config.write_text(json.dumps(content))
+    found = later(RegistrationSettings, tmp_path, own=["registration"])
+    assert (found.guided, found.folding_weight) == (True, 0.0)
+
+
 def test_overwrite_forgets_the_run_but_not_the_scripts_before(tmp_path):
     stored_run(tmp_path, "registration", RegistrationSettings, size=64)
     stored_run(tmp_path, "segmentation/original", SegmentationSettings, size=64, lr=0.5)
