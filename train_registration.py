@@ -6,11 +6,11 @@ cases of Validation and Testing: the label of ED warped to ES and compared with 
 
 import torch
 
-from cardiac import losses, networks, propagation, report
+from cardiac import losses, networks, parallel, propagation, report
 from cardiac.augment import augment_pairs
 from cardiac.cache import open_cache
 from cardiac.checkpoint import load_network, weights_digest
-from cardiac.files import write_csv
+from cardiac.files import read_csv, write_csv
 from cardiac.parallel import from_first, in_first
 from cardiac.parts import PARTS, Parts
 from cardiac.run import choose_device, describe, run_folder, script
@@ -90,6 +90,16 @@ class Registration:
         return {"val_loss": loss, "val_dice": score, "score": score}
 
 
+def forget_scores_of_others(path, cases):
+    """Remove the scores at `path`, to be made again, where they are not those of `cases`: some may have been
+    unpacked since.
+    """
+    if parallel.RANK or not path.exists():
+        return
+    if {row["case"] for row in read_csv(path)} != {case.code for case in cases}:
+        path.unlink()
+
+
 @script
 def main(argv):
     settings = parse(RegistrationSettings, argv, __doc__, own=("registration",))
@@ -105,11 +115,12 @@ def main(argv):
         print(
             f"registration: {settings.total_steps} steps of {settings.batch_size} pairs on {describe(device)}"
         )
+        tested = [case for case in cache.split("Validation", "Testing") if case.labelled]
+        forget_scores_of_others(folder / "quality.csv", tested)
         if not fit(task, settings, folder, device, outcome="quality.csv"):
             return
         load_network(task.network, folder / "best.pt", device)
 
-        tested = [case for case in cache.split("Validation", "Testing") if case.labelled]
         if not tested:
             print("no labelled case in Validation or Testing: quality.csv stays empty")
         parts = Parts(folder / PARTS, (weights_digest(task.network), settings.size, settings.spacing))

@@ -149,6 +149,17 @@ def test_finished_work_is_not_done_twice(finished, capsys):
     assert capsys.readouterr().out.count("finished") >= 5
 
 
+def test_the_registration_is_scored_on_cases_that_have_come_since(finished, tmp_path):
+    data, finished_out, words = finished
+    out = shutil.copytree(finished_out, tmp_path / "run")
+    quality = out / "registration" / "quality.csv"
+    before = quality.read_text()
+    quality.write_text("".join(line for line in before.splitlines(True) if "Testing" not in line))
+    common = ["--data", str(data), "--out", str(out), "--workers", "1", *words]
+    assert train_registration.main(common) == 0
+    assert quality.read_text() == before
+
+
 def test_train_more_and_the_table_follows(finished, tmp_path):
     data, finished_out, words = finished
     out = tmp_path / "run"
