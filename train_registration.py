@@ -42,8 +42,8 @@ class Registration:
         return velocity, resize_displacement(integrate(velocity), fixed.shape[-2:])
 
     def losses(self, batch):
-        """Image similarity + smoothness + overlap of the labels (Balakrishnan et al., 2019); where they have
-        a weight, the labels' squared difference and the displacement's folding as well.
+        """Image similarity + smoothness + overlap of the labels (Balakrishnan et al., 2019); where it has a
+        weight, the labels' squared difference as well.
         """
         regions, target = losses.one_hot(batch.moving_labels), losses.one_hot(batch.fixed_labels)
         velocity, displacement = self.transform(batch.moving, batch.fixed, regions)
@@ -58,9 +58,6 @@ class Registration:
         if self.settings.difference_weight:
             terms["difference"] = losses.difference_loss(warped[:, 1:], target, batch.labelled)
             weights.append(self.settings.difference_weight)
-        if self.settings.folding_weight:
-            terms["folding"] = losses.folding_loss(displacement)
-            weights.append(self.settings.folding_weight)
         return {"loss": sum(weight * term for weight, term in zip(weights, terms.values())), **terms}
 
     def similarity(self, warped, fixed):

@@ -4,10 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from cardiac import CLASSES, parallel
-from cardiac.warp import jacobian_determinant
 
 IGNORED = 255  # the label of a pixel that nobody labelled
-LEAST_AREA = 0.1  # det J below which `folding_loss` counts a pixel: what is near to folding folds in others
 
 
 def local_ncc(warped, fixed, window=9):
@@ -87,15 +85,6 @@ def difference_loss(warped, fixed, labelled):
     difference = (warped - fixed).square().mean((1, 2, 3))
     count = parallel.mean(labelled.sum()).clamp(min=1 / parallel.processes())
     return (difference * labelled).sum() / count
-
-
-def folding_loss(displacement):
-    """How far det J of a displacement (B, 2, H, W) falls below LEAST_AREA, mean over pixels: a scalar.
-
-    Mok & Chung, 2020. exp(v) does not fold, but sampled on pixels it does, where labels that the base has
-    left are shrunk to next to nothing.
-    """
-    return F.relu(LEAST_AREA - jacobian_determinant(displacement)).mean()
 
 
 def cross_entropy(logits, labels, trust=None):

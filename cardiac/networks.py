@@ -10,7 +10,7 @@ from torch import nn
 
 from cardiac import CLASSES
 from cardiac.losses import one_hot
-from cardiac.warp import integrate, resize_displacement
+from cardiac.warp import unfold
 
 BACKGROUND_LOGIT = 3.0  # with which a segmentation begins: background has 87 % of the probability
 
@@ -171,7 +171,7 @@ def register(network, moving, fixed, labels, batch_size=None):
     for slices in zip(*(each.split(batch_size) for each in (moving, fixed, one_hot(labels)))):
         with mixed_precision(moving.device):
             velocity = network(*(each.contiguous(memory_format=torch.channels_last) for each in slices))
-        parts.append(resize_displacement(integrate(velocity), moving.shape[-2:]))
+        parts.append(unfold(velocity, moving.shape[-2:]))
     return torch.cat(parts)
 
 

@@ -67,7 +67,7 @@ class Settings:
             down = max(16, self.size // 16 * 16)
             what = f"the networks halve it four times; take {down} or {down + 16}"
             raise InputError(f"--size {self.size}: {what}")
-        weights = ("smoothness", "dice_weight", "difference_weight", "folding_weight")
+        weights = ("smoothness", "dice_weight", "difference_weight")
         limits = dict.fromkeys(("workers", "patience", *weights), (0, float("inf")))
         limits |= dict.fromkeys(("averaging", "labelled_share", "expert_share"), (0, 1))
         limits |= {"spacing": (0.05, 100), "seed": (0, 2**63 - 1), "lr": (0, 1000)}
@@ -113,12 +113,11 @@ class RegistrationSettings(TrainingSettings):
     """`train_registration.py`."""
 
     STRONG: ClassVar = {**Settings.STRONG, "augment": True, "averaging": 0.998, "dice_weight": 0.5,
-                        "difference_weight": 20.0, "folding_weight": 100.0, "guided": True}  # fmt: skip
+                        "difference_weight": 20.0, "guided": True}  # fmt: skip
     similarity: str = setting("mse", "image term of the loss", choices=("mse", "ncc"))
     smoothness: float = setting(0.01, "weight of the velocity's diffusion (1.0 goes with ncc)")
     dice_weight: float = setting(0.05, "weight of the labels' overlap where both slices have expert labels")
     difference_weight: float = setting(0.0, "weight of the labels' squared difference, in the same slices")
-    folding_weight: float = setting(0.0, "weight of the displacement's folding")
     guided: bool = setting(False, "the labels of the moving slice, where known, are an input of the network")
     labelled_share: float = setting(0.5, "share of pairs drawn as ED and ES where both have expert labels")
 

@@ -27,8 +27,7 @@ RUNS = {  # each with the words of the one before it, from `paper` to `strong`
     "and augmentation, averaged weights": AUGMENTED,
     "and Dice weight 0.5": LABELLED,
     "and guided by the labels": (*LABELLED, "--guided"),
-    "and squared difference of the labels": (*LABELLED, "--guided", "--difference-weight", "20"),
-    "and folding penalised = strong": ("--recipe", "strong"),
+    "and squared difference of the labels = strong": ("--recipe", "strong"),
     "strong, local NCC for the image": ("--recipe", "strong", "--similarity", "ncc", "--smoothness", "1"),
 }
 

@@ -1,18 +1,14 @@
 """What is minimised, against brute force and closed forms."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 
 from cardiac.losses import (
     IGNORED,
-    LEAST_AREA,
     cross_entropy,
     difference_loss,
     diffusion,
-    folding_loss,
     local_ncc,
     one_hot,
     overlap_loss,
@@ -20,7 +16,6 @@ from cardiac.losses import (
     soft_dice_loss,
 )
 from cardiac.metrics import dice
-from cardiac.warp import jacobian_determinant
 
 
 def brute_force_ncc(first, second, window=9):
@@ -131,31 +126,6 @@ def test_difference_counts_every_pixel_of_labelled_samples_and_shrinks_what_the_
     assert (warped.grad[0, 2, :, 6] > 0).all()
     assert not warped.grad[1].any()
     assert difference_loss(warped, fixed, torch.tensor([False, False])) == 0
-
-
-def shrunk(along_h, along_w):
-    """The displacement (1, 2, 8, 6) of x -> (along_h, along_w) * x about the middle."""
-    axes = (torch.arange(n) - (n - 1) / 2 for n in (8, 6))
-    grid = torch.meshgrid(*axes, indexing="ij")
-    return torch.stack([(factor - 1) * x for factor, x in zip((along_h, along_w), grid)])[None]
-
-
-@pytest.mark.parametrize("factors", [(1, 1), (0.5, 0.3), (0.5, 0.1), (-1, 1), (-0.5, -0.5)])
-def test_folding_is_what_the_jacobian_determinant_lacks(factors):
-    displacement, lacking = torch.cat([shrunk(*factors), shrunk(1, 1)]), LEAST_AREA - math.prod(factors)
-    assert folding_loss(displacement).item() == pytest.approx(max(0, lacking) / 2, abs=1e-6)
-
-
-def test_descent_on_the_folding_loss_unfolds():
-    displacement = 0.8 * torch.randn(1, 2, 12, 12, generator=torch.Generator().manual_seed(0))
-    assert (jacobian_determinant(displacement) <= 0).any()
-    displacement.requires_grad_()
-    optimizer = torch.optim.Adam([displacement], lr=0.02)
-    for _ in range(200):
-        optimizer.zero_grad()
-        folding_loss(displacement).backward()
-        optimizer.step()
-    assert (jacobian_determinant(displacement) > 0).all()
 
 
 def test_cross_entropy_ignores_what_nobody_labelled():

@@ -19,7 +19,7 @@ CPU, STEPS = torch.device("cpu"), 60
 
 def registration(cache, device):
     words = RegistrationSettings(batch_size=8, similarity="ncc", smoothness=1.0, guided=True)
-    words.difference_weight, words.folding_weight = 20.0, 100.0
+    words.difference_weight = 20.0
     return train_registration.Registration(words, *stores(cache, device))
 
 

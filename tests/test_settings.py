@@ -164,10 +164,10 @@ def test_a_setting_that_a_run_did_not_know_is_off_whatever_its_recipe(tmp_path):
     stored_run(tmp_path, "registration", RegistrationSettings, recipe="strong", guided=True)
     config = tmp_path / "registration" / "config.json"
     content = json.loads(config.read_text())
-    del content["settings"]["folding_weight"]
+    del content["settings"]["difference_weight"]
     config.write_text(json.dumps(content))
     found = later(RegistrationSettings, tmp_path, own=["registration"])
-    assert (found.guided, found.folding_weight) == (True, 0.0)
+    assert (found.guided, found.difference_weight) == (True, 0.0)
 
 
 def test_overwrite_forgets_the_run_but_not_the_scripts_before(tmp_path):

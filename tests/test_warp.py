@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.linalg import expm
 from scipy.ndimage import gaussian_filter, map_coordinates
 
-from cardiac.networks import RegistrationNetwork
-from cardiac.warp import compose, integrate, jacobian_determinant, resize_displacement, warp
+from cardiac.networks import RegistrationNetwork, register
+from cardiac.warp import compose, integrate, jacobian_determinant, resize_displacement, unfold, warp
 
 ODD = (37, 26)
 
@@ -197,3 +197,35 @@ def test_the_gradient_reaches_the_velocity():
 
 def test_no_identity_grid_in_the_state_dict():
     assert {name.rpartition(".")[2] for name in RegistrationNetwork().state_dict()} == {"weight", "bias"}
+
+
+def velocities(size, strengths):
+    """Rough velocities (B, 2, H, W): the stronger, the more they fold."""
+    noise = np.random.default_rng(3).normal(size=(len(strengths), 2, *size))
+    field = gaussian_filter(noise, (0, 0, 2, 2)) * np.reshape(strengths, (-1, 1, 1, 1))
+    return torch.from_numpy(field).float()
+
+
+def test_unfold_mends_slices_that_fold_and_leaves_the_others_alone():
+    velocity = velocities((24, 20), (2, 40, 0, 60))
+    plain = resize_displacement(integrate(velocity), (48, 40))
+    folded = (jacobian_determinant(plain) <= 0).flatten(1).any(1)
+    assert folded.tolist() == [False, True, False, True]
+    found = unfold(velocity, (48, 40))
+    assert (jacobian_determinant(found) > 0.05).all()
+    assert torch.equal(found[~folded], plain[~folded])
+    # as little as it takes: most of the motion stays
+    assert found[1].norm() > 0.5 * plain[1].norm()
+    assert torch.equal(unfold(velocity, (48, 40), passes=0), plain)
+
+
+def test_a_registration_does_not_fold():
+    class Folding(torch.nn.Module):
+        def forward(self, moving, fixed, regions):
+            return velocities((24, 20), [60] * len(moving))
+
+    slices, labels = torch.zeros(3, 1, 48, 40), torch.zeros(3, 48, 40, dtype=torch.uint8)
+    displacement = register(Folding(), slices, slices, labels)
+    assert displacement.shape == (3, 2, 48, 40)
+    assert displacement.abs().max() > 1
+    assert (jacobian_determinant(displacement) > 0.05).all()
