@@ -62,17 +62,16 @@ def resize_displacement(displacement, size):
     return resized * _growth(*displacement.shape[-2:], *size, displacement.device)
 
 
-def unfold(velocity, size, least=0.05, passes=20):
+def unfold(velocity, size, passes=20):
     """The displacement (B, 2, H, W) of a velocity (B, 2, h, w), size = (H, W), that does not fold.
 
     exp(v) does not, but sampled on pixels it does, where v shrinks what is not to be found in the fixed
-    slice to next to nothing. The velocity of a slice in which det J is `least` or less is averaged over 3 x 3
-    pixels and integrated anew, `passes` times at most, until there is none. For inference: it asks the device
-    how many there are.
+    slice to next to nothing. The velocity of a slice that folds is averaged over 3 x 3 pixels and integrated
+    anew, `passes` times at most, until it does not. For inference: it asks the device whether one does.
     """
     displacement = resize_displacement(integrate(velocity), size)
     for _ in range(passes):
-        folded = (jacobian_determinant(displacement) <= least).flatten(1).any(1)
+        folded = (jacobian_determinant(displacement) <= 0).flatten(1).any(1)
         if not folded.any():
             break
         smooth = F.avg_pool2d(F.pad(velocity, (1, 1, 1, 1), mode="replicate"), 3, 1)
