@@ -251,7 +251,7 @@ class Meter:
             self.show({})
         if done == READ_EVERY:
             self.begun = self.clock  # the first steps are slower
-        elif done == 2 * READ_EVERY:
+        elif done == 2 * READ_EVERY and self.progress.step < self.bar.total:
             self._estimate(READ_EVERY)
 
     def read(self):
