@@ -87,11 +87,6 @@ class Theirs:
             return self.network(moving, fixed, **self.registering)[0]
 
 
-MIXED = {  # on a card alone: on the CPU all is float32
-    "VxmDense in bfloat16": lambda size: Theirs(
-        voxelmorph().VxmDense((size, size)), mixed=True, registration=True
-    ),
-}
 CONTESTANTS = {  # name: what makes it for slices of size x size
     "ours": Ours,
     GUIDED: lambda size: Ours(size, guided=True),
@@ -102,7 +97,11 @@ CONTESTANTS = {  # name: what makes it for slices of size x size
     "MONAI VoxelMorph": lambda size: Theirs(
         VoxelMorph(VoxelMorphUNet(2, 2, 32, (16, 32, 32, 32, 32, 32), (16, 16)), spatial_dims=2)
     ),
-} | (MIXED if DEVICE.type == "cuda" else {})
+}
+if DEVICE.type == "cuda":  # on the CPU all is float32
+    CONTESTANTS["VxmDense in bfloat16"] = lambda size: Theirs(
+        voxelmorph().VxmDense((size, size)), mixed=True, registration=True
+    )
 
 
 def pair(size, batch=BATCH):

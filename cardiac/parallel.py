@@ -26,7 +26,10 @@ PATIENCE = datetime.timedelta(hours=12)  # the first process may build a cache w
 
 @contextlib.contextmanager
 def joined():
-    """Join the processes of torchrun for the block, where it started this one; all but the first are mute."""
+    """Join the processes of torchrun, where it started this one; all but the first are mute in the block.
+
+    They are not parted afterwards: `leave` ends the process.
+    """
     if not LAUNCHED or dist.is_initialized():
         yield
         return
