@@ -25,6 +25,7 @@ from cardiac.cache import Cache, CachedCase
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CPU = torch.device("cpu")
+CALLS = 20 if DEVICE.type == "cuda" else 1  # in a row: one of a few milliseconds says little of a card
 
 
 @dataclasses.dataclass
@@ -66,25 +67,30 @@ def number(value):
     return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def seconds(function, wall=False):
-    """The time of one call; waits for the device before and after. wall: time on the wall, not of the CPU."""
+def seconds(function, wall=False, calls=1):
+    """The time of a call, of so many in a row; waits for the device before and after. wall: time on the wall,
+    not of the CPU.
+    """
     clock = time.perf_counter if wall or torch.cuda.is_available() else time.process_time
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = clock()
-    function()
+    for _ in range(calls):
+        function()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return clock() - start
+    return (clock() - start) / calls
 
 
-def in_turn(contestants, rounds, warm=1, wall=False):
-    """Seconds of each of {name: function}, called one after the other, `rounds` times after `warm` rounds."""
+def in_turn(contestants, rounds, wall=False, calls=1):
+    """Seconds of a call of each of {name: function}: `calls` in a row of one, then of the next, for `rounds`
+    rounds after one that does not count.
+    """
     times = {name: [] for name in contestants}
-    for turn in range(warm + rounds):
+    for turn in range(1 + rounds):
         for name, function in contestants.items():
-            taken = seconds(function, wall)
-            if turn >= warm:
+            taken = seconds(function, wall, calls)
+            if turn:
                 times[name].append(taken)
     return {name: np.array(taken) for name, taken in times.items()}
 

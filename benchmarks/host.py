@@ -68,8 +68,7 @@ def sections(rounds):
     quiet = io.StringIO()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(quiet):
         functions = work(Path(folder))
-        repeated = {name: lambda f=f: [f() for _ in range(CALLS)] for name, f in functions.items()}
-        times = {name: taken / CALLS for name, taken in in_turn(repeated, rounds).items()}
+        times = in_turn(functions, rounds, calls=CALLS)
         rows = []
         for name, function in functions.items():
             rows.append(milliseconds(name, times[name]))
@@ -83,4 +82,4 @@ def sections(rounds):
         "what is left is about the processor's part, for which a GPU waits"
         + ("." if DEVICE.type == "cuda" else "; launches come on top.")
     )
-    yield "What a GPU would wait for", text, rows
+    yield "Overhead of the processor, for which a GPU would wait", text, rows

@@ -1,24 +1,19 @@
 """HD95 and ASSD of heart-like masks: `cardiac.metrics.surface_distances` against MONAI's two functions.
 
-    python benchmarks/surface_distances.py [--pairs 20] [--rounds 7]
-
-Masks of LV, MYO and RV as ACDC has them (216 x 256 x 10, voxels of 1.5 x 1.5 x 10 mm): the reference a ring
-and a crescent, the prediction the same with other radii, shifted. `stray` adds one voxel far away, as bad
-predictions have; `apart` moves the prediction off the heart. Both run in turn on the same masks, in one
-process, on one thread; the ratio, one a round, is MONAI's time for its two functions to that of our one.
-Needs MONAI (`pip install -e '.[bench]'`).
+Masks of LV, MYO and RV: the reference a ring and a crescent, the prediction the same with other radii,
+shifted. `stray` adds one voxel far away, as bad predictions have; `apart` moves the prediction off the heart.
 """
 
-import argparse
-import time
+from functools import partial
 
-import monai
 import numpy as np
 import torch
 from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 
+from benchmarks.common import Row, in_turn, milliseconds, ratio
 from cardiac.metrics import surface_distances
 
+PAIRS = 8
 SHAPE, SPACING = (216, 256, 10), (1.5, 1.5, 10.0)
 
 
@@ -62,30 +57,24 @@ def theirs(prediction, reference):
     return hd95.item(), assd.item()
 
 
-def seconds(function, pairs):
-    start = time.perf_counter()
+def score_all(score, pairs):
     for pair in pairs:
-        function(*pair)
-    return time.perf_counter() - start
+        score(*pair)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pairs", type=int, default=20, help="hearts of each kind, three regions each")
-    parser.add_argument("--rounds", type=int, default=7, help="times that both are run over all of them")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    print(f"MONAI {monai.__version__}, torch {torch.__version__}; masks {SHAPE} at {SPACING} mm; ms a pair")
-    print(f"{'masks':8} {'ours':>8} {'MONAI':>9} {'ratio: median (min to max)':>28} {'differ by mm':>13}")
+def sections(rounds):
+    """(title, what it says, rows) of the table."""
+    rows = []
     for kind in ("alike", "stray", "apart"):
-        pairs = list(pairs_of(kind, arguments.pairs, np.random.default_rng(0)))
-        worst = max(np.abs(np.subtract(ours(*pair), theirs(*pair))).max() for pair in pairs)  # warms up, too
-        times = np.array([(seconds(ours, pairs), seconds(theirs, pairs)) for _ in range(arguments.rounds)])
-        ratio = times[:, 1] / times[:, 0]
-        mine, other = 1000 * np.median(times, axis=0) / len(pairs)
-        spread = f"{np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f})"
-        print(f"{kind:8} {mine:8.2f} {other:9.2f} {spread:>28} {worst:13.1e}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        pairs = list(pairs_of(kind, PAIRS, np.random.default_rng(0)))
+        times = in_turn({each.__name__: partial(score_all, each, pairs) for each in (ours, theirs)}, rounds)
+        worst = max(np.abs(np.subtract(ours(*pair), theirs(*pair))).max() for pair in pairs)
+        rows.append(milliseconds(f"HD95 and ASSD, {kind}: ours", times["ours"], 1 / len(pairs)))
+        rows.append(ratio("... ours / MONAI's two functions", times["ours"], times["theirs"], at_most=1.0))
+        rows.append(Row("... largest difference", [worst], "mm", at_most=1e-3))
+    text = (
+        f"LV, MYO and RV of {PAIRS} hearts as ACDC has them: {' x '.join(map(str, SHAPE))} voxels of "
+        f"{' x '.join(f'{mm:g}' for mm in SPACING)} mm. Stray: with one voxel far away, as bad predictions "
+        "have; apart: beside the heart."
+    )
+    yield "Surface distances", text, rows
