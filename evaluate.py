@@ -4,17 +4,21 @@ With --predict, segment scans without labels instead: masks, volumes of every fr
 """
 
 import re
+import shutil
 
 from tqdm import tqdm
 
 from cardiac import evaluation, networks, page, predict, report
-from cardiac.cache import open_cache
-from cardiac.checkpoint import Progress, load_network, read_checkpoint, weights_digest
+from cardiac.cache import open_cache, withhold
+from cardiac.checkpoint import load_network, restore, weights_digest
 from cardiac.evaluation import MODELS
 from cardiac.files import InputError, read_json, write_csv, write_json, write_text
 from cardiac.parts import PARTS, Parts
 from cardiac.run import cases_digest, choose_device, dataset_identity, describe, run_folder, script
 from cardiac.settings import EvaluationSettings, parse
+
+KNOWN = {"labelled_phases": "both", "labelled_cases": None}  # of runs that are older than these settings
+SCORED_BY = ("all_frames", "largest_component", "mirrored")  # settings that scores depend on
 
 
 @script
@@ -43,19 +47,13 @@ def main(argv):
         config = read_json(settings.out / "segmentation" / model / "config.json")
         trained[model] = {"steps": progress.step, "best": progress.best, **config}
     own = dataset_identity(cache.cases) in [run["dataset"] for run in trained.values()]
+    if own:  # scored on all labels, but shown as training knew them
+        cache = withhold(cache, KNOWN | trained[list(models)[0]]["settings"])
     place = "evaluation" if own else f"evaluation/{safe_name(cache.name)}"
     with run_folder(settings, place, cache.cases) as folder:
-        made_from = {
-            "split": settings.split,
-            "cases": cases_digest(cases),
-            "all_frames": settings.all_frames,
-            "largest_component": settings.largest_component,
-            "mirrored": settings.mirrored,
-            "models": {
-                model: {"steps": progress.step, "weights": weights_digest(network)}
-                for model, (network, progress) in models.items()
-            },
-        }
+        words = {name: getattr(settings, name) for name in ("split", *SCORED_BY)}
+        weights = {model: {"steps": p.step, "weights": weights_digest(n)} for model, (n, p) in models.items()}
+        made_from = {**words, "cases": cases_digest(cases), "models": weights}
         summary = folder / "summary.json"
         done = read_json(summary) if summary.exists() else {}
         if done.get("made_from") != made_from:
@@ -76,13 +74,14 @@ def main(argv):
 
 def score(models, cache, cases, settings, device, folder):
     """Predict and score the cases with every model: writes predictions/ and cases.csv below `folder`."""
-    rows = []
+    rows, earlier = [], [*folder.glob("*_largest.csv"), *folder.glob("overlays_*.png")]
+    for path in earlier + [path for path in folder.glob("predictions/*") if path.name not in models]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     for model, (network, progress) in models.items():
         print(f"{model}, {progress.step} steps: {len(cases)} cases of {settings.split} on {describe(device)}")
         predictions = folder / "predictions" / model
-        what = (weights_digest(network), settings.size, settings.spacing)
-        what += (settings.all_frames, settings.largest_component, settings.mirrored)
-        parts = Parts(folder / PARTS / model, what)
+        what = (getattr(settings, name) for name in ("size", "spacing", *SCORED_BY))
+        parts = Parts(folder / PARTS / model, (weights_digest(network), *what))
         scored = evaluation.score_model(model, network, cache, cases, settings, device, predictions, parts)
         rows += tqdm(scored, model, total=6 * len(cases), unit="score")
         wanted = {evaluation.prediction_path(predictions, case.code) for case in cases}
@@ -128,7 +127,7 @@ def finished_models(settings, device):
         folder = settings.out / "segmentation" / model
         if not (folder / "best.pt").exists():
             continue
-        progress = Progress(**read_checkpoint(folder / "last.pt", device)["progress"])
+        progress = restore(folder / "last.pt", device)
         if not (folder / "example.png").exists():
             print(f"{model}: not finished (step {progress.step}); left out")
             continue

@@ -11,7 +11,6 @@ from cardiac.cache import open_cache
 from cardiac.cases import load_labels
 from cardiac.checkpoint import weights_digest
 from cardiac.files import InputError, write_csv
-from cardiac.losses import IGNORED
 from cardiac.nifti import write_labels
 from cardiac.parts import PARTS, UNKEPT, Parts
 from cardiac.preprocessing import most_likely, one_hot
@@ -42,9 +41,8 @@ def main(argv):
         else:
             path.unlink(missing_ok=True)
             shutil.rmtree(folder / "nifti", ignore_errors=True)
-            print(
-                f"propagation: {len(cases)} cases, registration of step {trained.step}, on {describe(device)}"
-            )
+            what = f"{len(cases)} cases, registration of step {trained.step}"
+            print(f"propagation: {what}, on {describe(device)}")
             parts = Parts(folder / PARTS, (rules, settings.size, settings.spacing))
             propagated, rows = propagate(network, cache, cases, settings, device, parts)
             columns = (*COLUMNS, "fault") if settings.trust else COLUMNS
@@ -117,7 +115,6 @@ def on_own_grid(cache, case, propagated):
     labels = np.zeros(case.shape, np.uint8, order="F")
     grid = case.grid(cache)
     for frame, slices in propagated.of(case).items():
-        slices = np.where(slices == IGNORED, 0, slices)
         labels[..., frame] = most_likely(grid.from_slices(one_hot(slices))).transpose(1, 2, 0)
     experts = load_labels(case)
     for frame in case.expert:

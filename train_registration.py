@@ -87,16 +87,6 @@ class Registration:
         return {"val_loss": loss, "val_dice": score, "score": score}
 
 
-def forget_scores_of_others(path, cases):
-    """Remove the scores at `path`, to be made again, where they are not those of `cases`: some may have been
-    unpacked since.
-    """
-    if parallel.RANK or not path.exists():
-        return
-    if {row["case"] for row in read_csv(path)} != {case.code for case in cases}:
-        path.unlink()
-
-
 @script
 def main(argv):
     settings = parse(RegistrationSettings, argv, __doc__, own=("registration",))
@@ -104,16 +94,14 @@ def main(argv):
     cache = from_first(open_cache, settings)
     training, validation, _ = cache.training_and_validation(settings.seed)
     with in_first(run_folder(settings, "registration", cache.cases)) as folder:
-        stores = (
-            SliceStore(cache, training, device, "training"),
-            SliceStore(cache, validation, device, "validation"),
-        )
-        task = Registration(settings, *stores)
-        print(
-            f"registration: {settings.total_steps} steps of {settings.batch_size} pairs on {describe(device)}"
-        )
+        store = SliceStore(cache, training, device, "training")
+        task = Registration(settings, store, SliceStore(cache, validation, device, "validation"))
+        steps = f"{settings.total_steps} steps of {settings.batch_size} pairs"
+        print(f"registration: {steps} on {describe(device)}")
         tested = [case for case in cache.split("Validation", "Testing") if case.labelled]
-        forget_scores_of_others(folder / "quality.csv", tested)
+        scores, codes = folder / "quality.csv", {case.code for case in tested}
+        if not parallel.RANK and scores.exists() and {row["case"] for row in read_csv(scores)} != codes:
+            scores.unlink()  # some cases may have been unpacked since: made again
         if not fit(task, settings, folder, device, outcome="quality.csv"):
             return
         load_network(task.network, folder / "best.pt", device)

@@ -10,10 +10,10 @@ from cardiac import REGIONS, losses, networks, report
 from cardiac.augment import augment_slices
 from cardiac.building import PREPROCESSING
 from cardiac.cache import open_cache
-from cardiac.checkpoint import load_network
+from cardiac.checkpoint import load_network, weights_digest
 from cardiac.files import InputError, read_json
 from cardiac.parallel import from_first, in_first
-from cardiac.propagation import Propagated
+from cardiac.propagation import Propagated, load_registration, made_from
 from cardiac.run import choose_device, describe, run_folder, script
 from cardiac.settings import SegmentationSettings, parse
 from cardiac.slices import LabelledSlices, SliceStore
@@ -74,10 +74,15 @@ def read_propagated(settings):
     path = settings.out / "propagation"
     propagated = Propagated.read(path / "labels.h5")
     made_with = read_json(path / "config.json")["settings"]
-    for name in PREPROCESSING:
-        if made_with[name] != getattr(settings, name):
-            what = f"{name} is {made_with[name]} there, {getattr(settings, name)} here"
+    for name in (*PREPROCESSING, "labelled_phases", "labelled_cases"):
+        here = getattr(settings, name)
+        if made_with.get(name, here) != here:
+            what = f"{name} is {made_with[name]} there, {here} here"
             raise InputError(f"{path}: {what}; run propagate_labels.py before")
+    if (settings.out / "registration" / "best.pt").exists():
+        network, _ = load_registration(settings.out, torch.device("cpu"))
+        if weights_digest(network) not in made_from(path / "labels.h5"):
+            raise InputError(f"{path}: of another registration than OUT's; run propagate_labels.py before")
     if len(propagated.labels):
         return propagated
     reason = "nothing was propagated: no frame lies between ED and ES, or no slice was kept"

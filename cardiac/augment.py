@@ -2,8 +2,8 @@
 in.
 
 Every function draws from a CPU generator (`slices.step_generator`), so that the draws of a step are the same
-on every device, and takes a batch whole: no loop over samples. Processes that share a batch draw for the
-whole of it and keep their part.
+on every device (but for the noise of pixels, drawn where they are), and takes a batch whole: no loop over
+samples. Processes that share a batch draw for the whole of it and keep their part.
 """
 
 import math
@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from cardiac.parallel import processes, share
 from cardiac.slices import PairBatch, step_generator
 from cardiac.warp import warp
+
+OTHER_DRAWS = 2**31  # than the choice of the step's slices
 
 
 def spatial_displacement(generator, batch, size, device, rotation=180, scale=0.2, shift=0.08, elastic=2.0):
@@ -29,10 +31,8 @@ def spatial_displacement(generator, batch, size, device, rotation=180, scale=0.2
     along, across = (torch.exp(draw[k] * scale) for k in (1, 2))
     across = torch.where(draw[3] < 0, -across, across)
     cosine, sine = torch.cos(angle), torch.sin(angle)
-    matrix = torch.stack([cosine * along, -sine * across, sine * along, cosine * across], -1).view(
-        batch, 2, 2
-    )
-    offset = draw[4:].T * shift * size
+    matrix = torch.stack([cosine * along, -sine * across, sine * along, cosine * across], -1)
+    matrix, offset = matrix.view(batch, 2, 2), draw[4:].T * shift * size
     coarse = share(torch.randn(whole, 2, 8, 8, generator=generator)) * elastic
     matrix, offset, coarse = (each.to(device, non_blocking=True) for each in (matrix, offset, coarse))
 
@@ -53,8 +53,9 @@ def vary_intensity(generator, images, gamma=0.5, contrast=0.3, bias=0.4, blur=1.
     sample.
 
     gamma: log of the largest exponent of the contrast curve; contrast: largest relative change of gain, and
-    of offset; bias: log-amplitude of a smooth shading by the coils; blur: standard deviation, pixels; noise:
-    of a Rician magnitude, drawn anew for every pixel, last as in the scanner's chain.
+    of offset; bias: log-amplitude of a smooth shading by the coils; blur: about the standard deviation,
+    pixels, by three taps; noise: of a Rician magnitude, drawn anew for every pixel, last as in the scanner's
+    chain.
     """
     batch, channels, height, width = images.shape
     device, whole = images.device, batch * processes()
@@ -65,11 +66,11 @@ def vary_intensity(generator, images, gamma=0.5, contrast=0.3, bias=0.4, blur=1.
     spread = 2 * draw - 1
 
     images = images.clamp(0, 1) ** torch.exp(spread[0] * gamma)  # in place from here: new memory costs most
-    images.mul_(1 + spread[1] * contrast).add_(spread[2] * contrast * 0.3)
+    images.mul_(1 + spread[1] * contrast).add_(spread[2] * contrast * 0.3).clamp_(min=0)
     shading = F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False)
     images.mul_(shading.mul_(0.5 * bias * draw[3]).exp_())
     sigma = blur * draw[4]
-    tap = torch.exp(-0.5 / (sigma**2).clamp(min=1e-2))  # three taps reach a standard deviation of a pixel
+    tap = torch.exp(-0.5 / (sigma**2).clamp(min=1e-2))  # hearts do not reach the edge, where it wraps round
     for shift in ((1, 0), (0, 1)):
         before, after = (torch.roll(images, (s * shift[0], s * shift[1]), (2, 3)) for s in (-1, 1))
         images = before.add_(after).mul_(tap).add_(images).div_(1 + 2 * tap)
@@ -81,23 +82,16 @@ def vary_intensity(generator, images, gamma=0.5, contrast=0.3, bias=0.4, blur=1.
 
 def augment_pairs(batch, seed, step):
     """A `PairBatch` in which each pair, labels included, is moved by a displacement of its own."""
-    displacement = spatial_displacement(_generator(seed, step), len(batch.moving), *_where(batch.moving))
     images = torch.cat([batch.moving, batch.fixed], 1)
+    generator = step_generator(seed, OTHER_DRAWS + step)
+    displacement = spatial_displacement(generator, len(images), images.shape[-1], images.device)
     images, labels = move(displacement, images, torch.stack([batch.moving_labels, batch.fixed_labels], 1))
     return PairBatch(images[:, :1], images[:, 1:], labels[:, 0], labels[:, 1], batch.labelled)
 
 
 def augment_slices(images, labels, trust, seed, step):
     """Images (B, 1, S, S), labels and trust (B, S, S), each moved, and seen by a scanner of its own."""
-    generator = _generator(seed, step)
-    displacement = spatial_displacement(generator, len(images), *_where(images))
+    generator = step_generator(seed, OTHER_DRAWS + step)
+    displacement = spatial_displacement(generator, len(images), images.shape[-1], images.device)
     images, maps = move(displacement, images, torch.stack([labels, trust], 1))
     return vary_intensity(generator, images), *maps.unbind(1)
-
-
-def _generator(seed, step):
-    return step_generator(seed, 2**31 + step)  # other draws than the choice of the step's slices
-
-
-def _where(images):
-    return images.shape[-1], images.device

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from cardiac.cases import load_case, refusal
 from cardiac.files import InputError, sync_folder, write_in_place, writing_hdf5
-from cardiac.parts import PARTS, Parts
+from cardiac.parts import Parts
 from cardiac.preprocessing import to_slices
 from cardiac.workers import worker_pool
 
@@ -36,12 +36,7 @@ def places_of(cases):
     return places, rows
 
 
-def building_folder(path):
-    """The folder, beside a cache, in which it is being built."""
-    return path.with_name(f".{path.name}{PARTS}")
-
-
-def build(path, dataset, wanted, settings):
+def build(path, folder, dataset, wanted, settings):
     """Preprocess the cases of a `Dataset` into a new cache at `path`; killed, go on with those not finished.
 
     wanted: size, spacing, crop and schema of the cache, and its sources. Raises InputError for the first case
@@ -50,7 +45,7 @@ def build(path, dataset, wanted, settings):
     cases = dataset.good(settings.skip_bad)
     (places, rows), grid = places_of(cases), [wanted[name] for name in PREPROCESSING]
     made_from = hashlib.sha256(json.dumps([SCHEMA, grid, places, rows]).encode()).hexdigest()
-    file, sources = building_folder(path) / f"{path.name}.building", json.dumps(wanted["sources"])
+    file, sources = folder / f"{path.name}.building", json.dumps(wanted["sources"])
     if not _laid_out(file, made_from, sources):
         shutil.rmtree(file.parent, ignore_errors=True)
         _lay_out(file, made_from, sources, wanted, rows, len(cases))

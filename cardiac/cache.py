@@ -18,10 +18,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from cardiac.building import PREPROCESSING, SCHEMA, build, building_folder, places_of
+from cardiac.building import PREPROCESSING, SCHEMA, build, places_of
 from cardiac.cases import Case, refusal
 from cardiac.files import InputError, hdf5_dataset, locked
 from cardiac.layouts import read_cases
+from cardiac.parts import PARTS
 from cardiac.preprocessing import Grid
 
 
@@ -96,13 +97,13 @@ class Cache:
         """The cases of these splits."""
         return [case for case in self.cases if case.split in names]
 
-    def training_and_validation(self, seed):
+    def training_and_validation(self, seed, say=print):
         """The cases to train on, to validate on, and to log alone: three lists.
 
         Validated on are labelled Validation cases of vendors that have training labels; those of other
         vendors are logged and decide nothing. Without the former, 20 % of the labelled training patients by
         seed, at least one; with one patient, that patient, with a warning. Raises InputError without training
-        labels.
+        labels. `say` is told of a Validation that there is not.
         """
         training = self.split("Training")
         labelled = [case for case in training if case.labelled]
@@ -115,14 +116,12 @@ class Cache:
         if validation:
             return training, validation, unseen
         if len(labelled) == 1:
-            print(
-                f"warning: no Validation, and one patient: {labelled[0].code} is trained and validated on"
-            )
+            say(f"warning: no Validation and one patient: {labelled[0].code} is trained and validated on")
             return training, labelled, unseen
         chosen = np.random.default_rng(seed).permutation(len(labelled))[: max(1, len(labelled) // 5)]
         validation = [labelled[k] for k in sorted(chosen)]
-        print(f"no Validation: {len(validation)} of {len(labelled)} training patients are held out for it: "
-              + ", ".join(case.code for case in validation))  # fmt: skip
+        say(f"no Validation: {len(validation)} of {len(labelled)} training patients are held out for it: "
+            + ", ".join(case.code for case in validation))  # fmt: skip
         return [case for case in training if case not in validation], validation, unseen
 
     def read(self, dataset, row_ranges, out):
@@ -149,14 +148,13 @@ def open_cache(settings):
     wanted |= {"schema": SCHEMA, "sources": {}}
     for case in dataset.cases:
         wanted["sources"] |= case.identity()
-    with locked(
-        path.with_name(f".{path.name}.lock"), f"cache: waiting for another process at {path}", wait=True
-    ):
+    lock, folder = (path.with_name(f".{path.name}{suffix}") for suffix in (".lock", PARTS))
+    with locked(lock, f"cache: waiting for another process at {path}", wait=True):
         reason = _misfit(path, wanted, places_of(cases)[1])
         if reason:
             print(f"cache: building {path}: {reason}", flush=True)
-            build(path, dataset, wanted, settings)
-        shutil.rmtree(building_folder(path), ignore_errors=True)
+            build(path, folder, dataset, wanted, settings)
+        shutil.rmtree(folder, ignore_errors=True)
     for warning in dataset.warnings:
         print(f"warning: {warning}")
     with h5py.File(path) as file:
@@ -168,25 +166,25 @@ def open_cache(settings):
     cached = tuple(CachedCase(**vars(known[place.pop("code")]), **place) for place in places)
     cache = Cache(path, dataset.root, dataset.name, settings.size, settings.spacing, cached, skipped)
     _report(cache)
-    return _withhold(cache, settings) if hasattr(settings, "labelled_phases") else cache
+    return withhold(cache, vars(settings)) if hasattr(settings, "labelled_phases") else cache
 
 
-def _withhold(cache, settings):
-    """The cache with expert labels as few as the settings ask for: those of the rest are unknown.
+def withhold(cache, settings):
+    """The cache with expert labels as few as the settings {name: value} ask for: the rest are unknown.
 
     `labelled_cases`: patients of Training, chosen by seed, that keep theirs; `labelled_phases`: ED, ES or
     both, of Training and of Validation, which training decides by.
     """
     labelled = [case.code for case in cache.split("Training") if case.labelled]
-    count = settings.labelled_cases or len(labelled)
+    count = settings["labelled_cases"] or len(labelled)
     if count > len(labelled):
         what = f"Training of {cache.root} has {len(labelled)} labelled cases"
         raise InputError(f"--labelled-cases {count}: {what}")
-    chosen = set(np.random.default_rng(settings.seed).permutation(labelled)[:count])
+    chosen = set(np.random.default_rng(settings["seed"]).permutation(labelled)[:count])
     cases = []
     for case in cache.cases:
         if case.labelled and case.split in ("Training", "Validation"):
-            known = {"ED": (case.ed,), "ES": (case.es,), "both": case.expert}[settings.labelled_phases]
+            known = {"ED": (case.ed,), "ES": (case.es,), "both": case.expert}[settings["labelled_phases"]]
             if case.split == "Training" and case.code not in chosen:
                 known = ()
             case = replace(case, withheld=tuple(set(case.expert) - set(known)))
@@ -201,20 +199,16 @@ def _misfit(path, wanted, rows):
     try:
         with h5py.File(path) as file:
             found = {name: file.attrs.get(name) for name in ("schema", *PREPROCESSING)}
-            found["sources"], *_ = (
-                json.loads(hdf5_dataset(file, name)[()]) for name in ("sources", "cases", "skipped")
-            )
+            texts = (hdf5_dataset(file, name)[()] for name in ("sources", "cases", "skipped"))
+            found["sources"], *_ = map(json.loads, texts)
             shapes = {name: hdf5_dataset(file, name).shape for name in rows}
     except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
         return f"the file there is not readable ({str(error).splitlines()[0]})"
     for name in ("schema", *PREPROCESSING):
         if not np.array_equal(found[name], wanted[name]):
             return f"{name} differs: {found[name]} there, {wanted[name]} asked for"
-    changed = [
-        name
-        for name in {**found["sources"], **wanted["sources"]}
-        if found["sources"].get(name) != wanted["sources"].get(name)
-    ]
+    old, new = found["sources"], wanted["sources"]
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if changed:
         return f"sources differ: {sorted(changed)[0]} and {len(changed) - 1} more changed"
     expected = {name: (count, wanted["size"], wanted["size"]) for name, count in rows.items()}

@@ -83,7 +83,7 @@ def load_case(case):
     """
     try:
         image, labels, warnings = read_image(case.image), load_labels(case), []
-        flat = [t for t in range(case.shape[3]) if _constant(image[..., t])]
+        flat = [t for t in range(case.shape[3]) if np.ptp(image[..., t]) == 0]
         if any(t in flat for t in labels):
             raise fault(case.image, f"constant in frame {joined(flat)}, which has labels; download it again")
     except InputError as error:
@@ -93,12 +93,6 @@ def load_case(case):
     if _looks_swapped(labels.values()):
         warnings.append(f"{case.code}: LV and RV look swapped: the myocardium encloses label 3, not label 1")
     return image, labels, warnings
-
-
-def _constant(frame):
-    """Whether the voxels (X, Y, Z) are all the same; most frames are known by their first slice."""
-    first = frame[0, 0, 0]
-    return bool((frame[..., 0] == first).all() and (frame == first).all())
 
 
 # -------------------------------------------------------------------------------------------------- labels

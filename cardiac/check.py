@@ -17,7 +17,7 @@ from cardiac.metrics import volume_ml
 
 
 def main(argv=None):
-    parser = Parser("python -m cardiac.check", description="Check every file of a dataset.")
+    parser = Parser("python -m cardiac.check", description=__doc__.partition("\n\n")[2])
     parser.add_argument("--data", required=True, help="folder of a dataset, M&Ms or ACDC")
     try:
         dataset = read_cases(parser.parse_args(argv).data)
@@ -33,7 +33,9 @@ def main(argv=None):
             continue
         warnings += remarks
         good.append(case)
-        volumes.append(_volumes_ml(case, labels))
+        phases = {"ED": case.ed, "ES": case.es}.items() if labels else ()
+        named = {(phase, region): labels[t] == k for phase, t in phases for region, k in LABELS.items()}
+        volumes.append({key: volume_ml(mask, case.spacing) for key, mask in named.items()})
     for line in summary(dataset, good, volumes):
         print(line)
     for warning in warnings:
@@ -42,16 +44,6 @@ def main(argv=None):
         print(f"problem: {problem}", file=sys.stderr)
     print(f"{len(good)} good cases, {len(problems)} problems, {len(warnings)} warnings")
     return 2 if problems else 0
-
-
-def _volumes_ml(case, labels):
-    """{(phase, region): ml} of the expert labels of a case."""
-    phases = {"ED": case.ed, "ES": case.es} if labels else {}
-    return {
-        (phase, region): volume_ml(labels[frame] == value, case.spacing)
-        for phase, frame in phases.items()
-        for region, value in LABELS.items()
-    }
 
 
 def summary(dataset, cases, volumes):

@@ -47,39 +47,31 @@ def read_checkpoint(path, device):
             raise ValueError("its progress makes no sense")
     except Exception as error:  # a broken or hostile file can raise anything; none of it is worth a traceback
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
-        raise InputError(
-            f"{path}: not a checkpoint of this program ({reason}); remove it or --overwrite"
-        ) from error
+        what = f"not a checkpoint of this program ({reason})"
+        raise InputError(f"{path}: {what}; remove it or --overwrite") from error
     return state
 
 
-def load_network(network, path, device):
-    """Load a checkpoint's weights into `network`, ready for inference; returns its `Progress`."""
+def restore(path, device, **parts):
+    """Load what a checkpoint holds of a run's `parts`, name = object; returns its `Progress`."""
     state = read_checkpoint(path, device)
-    _restore(path, state, network=network)
-    network.to(device, memory_format=torch.channels_last).eval()
-    return Progress(**state["progress"])
-
-
-def weights_digest(network):
-    """A digest of a network's weights alone: its checkpoint has the run's clock in it too."""
-    weights = b"".join(value.cpu().numpy().tobytes() for value in network.state_dict().values())
-    return hashlib.sha256(weights).hexdigest()[:16]
-
-
-def _restore(path, state, **parts):
     for name, part in parts.items():
         try:
             part.load_state_dict(state[name])
         except Exception as error:  # as above
             what = f"its {name} is of another architecture (another --channels?)"
             raise InputError(f"{path}: {what}; start anew with --overwrite") from error
+    return Progress(**state["progress"])
 
 
-def resume(path, device, parts):
-    """Load what a checkpoint holds of a run's `parts`, {name: object}; returns its `Progress`."""
-    state = read_checkpoint(path, device)
-    _restore(path, state, **parts)
-    progress = Progress(**state["progress"])
-    print(f"{path}: going on from step {progress.step}", flush=True)
+def load_network(network, path, device):
+    """Load a checkpoint's weights into `network`, ready for inference; returns its `Progress`."""
+    progress = restore(path, device, network=network)
+    network.to(device, memory_format=torch.channels_last).eval()
     return progress
+
+
+def weights_digest(network):
+    """A digest of a network's weights alone: its checkpoint has the run's clock in it too."""
+    weights = b"".join(value.cpu().numpy().tobytes() for value in network.state_dict().values())
+    return hashlib.sha256(weights).hexdigest()[:16]

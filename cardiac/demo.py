@@ -34,7 +34,7 @@ STEPS = (
 
 @script
 def main(argv):
-    parser = Parser(description=__doc__)
+    parser = Parser("python -m cardiac.demo", description=__doc__.splitlines()[0])
     what = "folder for phantom and runs (default: demo)"
     parser.add_argument("--out", type=Path, default=Path("demo"), help=what)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
@@ -98,10 +98,10 @@ def score_against_truth(settings):
             scores = [dice(prediction[..., there] == k, target[..., there] == k) for k in LABELS.values()]
             row["dice_where_labelled"] = float(np.nanmean(scores))
             heart = truth[..., frame] > 0
-            row["error_mm"] = float(np.linalg.norm(found - moved[..., frame, :], axis=-1)[heart].mean())
-            rows.append(
-                {**row, "identity_mm": float(np.linalg.norm(moved[..., frame, :], axis=-1)[heart].mean())}
-            )
+            true = moved[..., frame, :]
+            for name, error in (("error_mm", found - true), ("identity_mm", true)):
+                row[name] = float(np.linalg.norm(error, axis=-1)[heart].mean())
+            rows.append(row)
     return rows
 
 
@@ -114,9 +114,8 @@ def print_truth(rows):
 
 
 def _means(rows):
-    mean = {
-        name: np.nanmean([row[name] for row in rows]) for name in rows[0] if name not in ("case", "vendor")
-    }
+    names = [name for name in rows[0] if name not in ("case", "vendor")]
+    mean = {name: np.nanmean([row[name] for row in rows]) for name in names}
     regions = "  ".join(f"{region} {mean[region]:.3f}" for region in LABELS)
     total = np.mean([mean[region] for region in LABELS])
     return (f"{regions}  mean {total:.3f}, {mean['dice_where_labelled']:.3f} where the truth has a label; "

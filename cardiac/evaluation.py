@@ -1,23 +1,15 @@
 """Predictions on each case's own grid, their scores, and the tables made of them."""
 
 import dataclasses
+import math
 
 import numpy as np
 import torch
 
-from cardiac import REGIONS
+from cardiac import REGIONS, metrics
 from cardiac.cache import Cache
 from cardiac.cases import VENDORS, load_labels
 from cardiac.files import InputError, read_csv
-from cardiac.metrics import (
-    MYOCARDIUM_DENSITY,
-    agreement,
-    ejection_fraction,
-    largest_component,
-    paired_comparison,
-    paper_dice,
-    score_case,
-)
 from cardiac.networks import segment
 from cardiac.nifti import write_labels
 from cardiac.parts import UNKEPT
@@ -27,10 +19,7 @@ from cardiac.workers import worker_pool
 
 MODELS = ("original", "propagated")
 SLICES_AT_ONCE = 64
-CASES = (
-    "model", "case", "vendor", "centre", "phase", "region",
-    "dice", "hd95_mm", "assd_mm", "volume_ml", "reference_volume_ml", "paper_dice",
-)  # fmt: skip
+CASES = ("model", "case", "vendor", "centre", "phase", "region", *metrics.SCORES, "paper_dice")
 TABLE = ("model", *REGIONS, *VENDORS, "total")
 CLINICAL = ("model", "case", "vendor", "quantity", "measured", "reference")
 AGREEMENT = ("model", "quantity", "bias", "loa_low", "loa_high", "r", "mae", "n")
@@ -98,9 +87,9 @@ def _write_and_score(case, prediction, softmax, path, largest):
     references, scores = load_labels(case), []
     for phase, frame in (("ED", case.ed), ("ES", case.es)):
         labels, reference = prediction[..., frame], references[frame]
-        whole = score_case(labels, reference, case.spacing)
-        kept = score_case(largest_component(labels), reference, case.spacing) if largest else {}
-        soft = paper_dice(softmax[frame], reference)
+        whole = metrics.score_case(labels, reference, case.spacing)
+        kept = largest and metrics.score_case(metrics.largest_component(labels), reference, case.spacing)
+        soft = metrics.paper_dice(softmax[frame], reference)
         for region in REGIONS:
             where, soft_dice = {"phase": phase, "region": region}, {"paper_dice": soft[region]}
             scores.append((where, {**whole[region], **soft_dice}, kept and {**kept[region], **soft_dice}))
@@ -109,12 +98,9 @@ def _write_and_score(case, prediction, softmax, path, largest):
 
 def read_scores(path):
     """The rows of a cases.csv, numbers as floats and empty cells NaN. Raises InputError."""
-
-    def value(name, text):
-        return float(text or "nan") if name in CASES[6:] else text.removeprefix("'")
-
     try:
-        return [{name: value(name, row[name]) for name in CASES} for row in read_csv(path)]
+        rows = [{name: row[name] for name in CASES} for row in read_csv(path)]
+        return [row | {name: float(row[name] or "nan") for name in CASES[6:]} for row in rows]
     except (KeyError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: not scores of this program; --overwrite starts anew") from error
 
@@ -128,7 +114,7 @@ class Results:
 
     rows: list  # cases.csv
     largest: list | None  # the same for the largest components, with --largest-component
-    cache: Cache
+    cache: Cache  # of the dataset; where it is the `own`, with the labels that training knew
     cases: list  # that were scored
     split: str
     trained: dict  # {model: {"steps", "best" (validation Dice), "settings" (of the run)}}
@@ -136,12 +122,18 @@ class Results:
 
     def __post_init__(self):
         self.models = list(self.trained)
+        self.used = self.trained[self.models[0]]["settings"]  # what a run differs in is not read from here
+        self.learnt_from = []
+        if self.own:
+            training, *_ = self.cache.training_and_validation(self.used["seed"], say=lambda text: None)
+            self.learnt_from = [case for case in training if case.labelled]
+        self.seen = {case.vendor for case in self.learnt_from}  # vendors whose labels were trained on
         self.table = self._table(self.rows, "dice")
         self.table_paper = self._table(self.rows, "paper_dice")
         self.table_largest = self._table(self.largest, "dice") if self.largest else []
         self.clinical = clinical(self.rows)
         self.agreement = [
-            {"model": model, "quantity": name, **agreement(*self.measured(model, name))}
+            {"model": model, "quantity": name, **metrics.agreement(*self.measured(model, name))}
             for name in dict.fromkeys(row["quantity"] for row in self.clinical)
             for model in self.models
         ]
@@ -167,15 +159,17 @@ class Results:
         return {"best": codes[0], "median": codes[len(codes) // 2], "worst": codes[-1]}
 
     def summary(self):
-        """The numbers for summary.json: tables, agreement, comparison, failures; None for NaN."""
+        """The numbers for summary.json: tables, agreement, comparison, failures."""
         tables = ("table", "table_paper", "table_largest", "agreement", "comparison", "failures")
         counts = {"dataset": self.cache.name, "cases": len(self.cases), "undefined": self.undefined}
-        return counts | {name: _as_json(getattr(self, name)) for name in tables}
+        return counts | {name: getattr(self, name) for name in tables}
 
     @property
-    def seen(self):
-        """Vendors with labels in the dataset's Training: those trained on where the dataset is the `own`."""
-        return {case.vendor for case in self.cache.split("Training") if case.labelled}
+    def labels(self):
+        """The expert labels that were trained on, in words."""
+        known = self.used.get("labelled_phases", "both")
+        text = "expert labels of ED and ES" if known == "both" else f"expert labels of {known} alone"
+        return f"{text}, {len(self.learnt_from)} patients" if self.own else text
 
     def starred(self, name):
         """The name of a column, with a * for vendors whose labels were not trained on."""
@@ -197,10 +191,14 @@ class Results:
         """What Table 1 is a table of, in words: cases, vendors that training saw, what failed."""
         text = ("Dice in 3-D on each case's own grid, mean over case, phase (ED, ES) and region; "
                 f"{len(self.cases)} cases of {self.split} of {self.cache.name}.")  # fmt: skip
-        if self.own and self.split == "Training":
-            text += " THE NETWORKS WERE TRAINED ON THESE CASES."
+        if self.own and self.split != "Testing":
+            known = {case.code for case in self.learnt_from} & {case.code for case in self.cases}
+            text += f" THE NETWORKS WERE TRAINED ON {len(known)} OF THESE CASES." if known else ""
+            if len(known) < len(self.cases):
+                text += " Cases that validation used helped to choose the checkpoints."
         if self.own:
-            text += f" Labels of vendor {', '.join(sorted(self.seen))} were trained on; * marks the others."
+            vendors = ", ".join(sorted(self.seen))
+            text += f" Trained on {self.labels}, of vendor {vendors}; * marks the others."
             unlabelled = {case.vendor for case in self.cache.split("Training")} - self.seen
             if unlabelled:
                 text += f" The registration saw unlabelled scans of vendor {', '.join(sorted(unlabelled))}."
@@ -257,8 +255,8 @@ def heart_function(volumes):
     for region in ("LV", "RV"):
         edv, esv = volumes["ED", region], volumes["ES", region]
         found |= {f"{region}_EDV_ml": edv, f"{region}_ESV_ml": esv, f"{region}_SV_ml": edv - esv}
-        found[f"{region}_EF_percent"] = ejection_fraction(edv, esv)
-    return {**found, "LV_mass_g": MYOCARDIUM_DENSITY * volumes["ED", "MYO"]}
+        found[f"{region}_EF_percent"] = metrics.ejection_fraction(edv, esv)
+    return {**found, "LV_mass_g": metrics.MYOCARDIUM_DENSITY * volumes["ED", "MYO"]}
 
 
 def clinical(rows):
@@ -288,23 +286,14 @@ def comparison(rows):
     for group, own in groups.items():
         if own:
             scores = [_case_dice([row for row in own if row["model"] == model]) for model in MODELS]
-            found.append({"group": group, **paired_comparison(*scores)})
+            found.append({"group": group, **metrics.paired_comparison(*scores)})
     return found
 
 
 def failures(rows):
     """Rows whose region one mask lacks and the other has, and the count of regions that both lack."""
     missing = [row for row in rows if row["dice"] == 0 and np.isnan(row["hd95_mm"])]
-    return missing, sum(np.isnan(row["dice"]) for row in rows)
-
-
-def _as_json(value):
-    """A value with None for NaN, which JSON lacks."""
-    if isinstance(value, dict):
-        return {key: _as_json(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_as_json(each) for each in value]
-    return None if isinstance(value, float) and np.isnan(value) else value
+    return missing, sum(math.isnan(row["dice"]) for row in rows)
 
 
 def aligned(lines, markdown=False):

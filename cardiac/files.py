@@ -35,11 +35,8 @@ def fault(path, what):
 class Parser(argparse.ArgumentParser):
     """A command line; what is wrong with one is an InputError, one line as everywhere."""
 
-    def __init__(self, prog=None, description=None):
-        super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-
     def error(self, message):
-        raise InputError(f"{' '.join(message.split())}; --help tells every word")
+        raise InputError(f"{' '.join(message.split())}; see --help")
 
 
 @contextlib.contextmanager
@@ -85,8 +82,7 @@ def writing_hdf5(path, size):
     with replacing(path) as temporary:
         with open(temporary, "wb", buffering=0) as file:
             file.write(empty.getvalue())
-            if hasattr(os, "posix_fallocate"):  # macOS has none
-                os.posix_fallocate(file.fileno(), 0, size)
+            os.posix_fallocate(file.fileno(), 0, size)
         with h5py.File(temporary, "r+") as file:
             yield file
 
@@ -129,8 +125,10 @@ def write_text(path, text):
 
 
 def write_json(path, value):
-    """Write a JSON value, indented, keys in the order given."""
-    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+    """Write a JSON value, indented, keys in the order given; NaN, which JSON lacks, as null."""
+    text = json.dumps(value, default=str)
+    value = json.loads(text, parse_constant=lambda word: None if word == "NaN" else float(word))
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path):
@@ -141,9 +139,7 @@ def read_json(path):
             raise ValueError("not an object")
         return value
     except (ValueError, OSError) as error:
-        raise InputError(
-            f"{path}: not readable as JSON ({error}); remove it or start with --overwrite"
-        ) from error
+        raise InputError(f"{path}: not readable as JSON ({error}); remove it or --overwrite") from error
 
 
 def write_csv(path, columns, rows):
@@ -160,9 +156,10 @@ def write_csv(path, columns, rows):
 
 
 def read_csv(path):
-    """Read a CSV file written by `write_csv` as a list of dicts of strings."""
+    """Read a CSV file written by `write_csv` as a list of dicts of strings, without the quotes it put."""
     with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    return [{name: text and text.removeprefix("'") for name, text in row.items()} for row in rows]
 
 
 def _cell(value):

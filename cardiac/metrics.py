@@ -13,7 +13,7 @@ from scipy.spatial import cKDTree
 from cardiac import LABELS
 
 MYOCARDIUM_DENSITY = 1.05  # g/ml: mass of the myocardium = its volume times this
-_NAN = float("nan")
+SCORES = ("dice", "hd95_mm", "assd_mm", "volume_ml", "reference_volume_ml")
 
 
 # ---------------------------------------------------------------------------------- one pair of masks
@@ -23,7 +23,7 @@ def dice(prediction, reference):
     """Dice coefficient 2 |A and B| / (|A| + |B|) of two masks; NaN if both are empty, 0 if one is."""
     prediction, reference = _pair(prediction, reference)
     total = np.count_nonzero(prediction) + np.count_nonzero(reference)
-    return 2 * np.count_nonzero(prediction & reference) / total if total else _NAN
+    return 2 * np.count_nonzero(prediction & reference) / total if total else np.nan
 
 
 def volume_ml(mask, spacing):
@@ -50,8 +50,10 @@ def surface_distances(prediction, reference, spacing):
     if prediction.ndim != 3 or spacing.shape != (3,):
         raise ValueError(f"masks must be 3-D with three spacings, not {prediction.shape} with {spacing}")
     if not prediction.any() or not reference.any():
-        return _NAN, _NAN
-    first, second = (_surface(mask) for mask in _crop(prediction, reference))
+        return np.nan, np.nan
+    (box,) = ndimage.find_objects((prediction | reference).view(np.uint8))
+    # what erosion by the six face neighbours removes; outside the array is background
+    first, second = (mask[box] & ~ndimage.binary_erosion(mask[box]) for mask in (prediction, reference))
     forth, back = _directed(first, second, spacing), _directed(second, first, spacing)
     hd95 = max(np.percentile(forth, 95), np.percentile(back, 95))
     return float(hd95), float(np.concatenate([forth, back]).mean())
@@ -63,21 +65,6 @@ def _pair(prediction, reference):
     if prediction.shape != reference.shape:
         raise ValueError(f"masks differ in shape: {prediction.shape} and {reference.shape}")
     return prediction, reference
-
-
-def _crop(first, second):
-    """Both masks cut to the box around their union, an axis at a time: each cut makes the next cheaper."""
-    for axis in range(first.ndim):
-        others = tuple(other for other in range(first.ndim) if other != axis)
-        filled = np.flatnonzero((first | second).any(axis=others))
-        window = (slice(None),) * axis + (slice(filled[0], filled[-1] + 1),)
-        first, second = first[window], second[window]
-    return first, second
-
-
-def _surface(mask):
-    """Voxels of a mask that erosion by the six face neighbours removes; outside the array is background."""
-    return mask & ~ndimage.binary_erosion(mask, border_value=0)
 
 
 def _directed(source, target, spacing):
@@ -100,26 +87,15 @@ def _directed(source, target, spacing):
 def score_case(prediction, reference, spacing):
     """Scores of the labels of one case and phase (X, Y, Z) with voxels of `spacing` (3,) mm, by region.
 
-    Returns {region: {dice, hd95_mm, assd_mm, volume_ml, reference_volume_ml}}. A region that neither has:
-    all NaN but the volumes, which are 0. A region that one lacks: Dice 0 and distances NaN, which makes it a
-    failure.
+    Returns {region: {each of SCORES: number}}. A region that neither has: all NaN but the volumes, which are
+    0. A region that one lacks: Dice 0 and distances NaN, which makes it a failure.
     """
-    prediction, reference = np.asarray(prediction), np.asarray(reference)
-    return {
-        region: _score_region(prediction == label, reference == label, spacing)
-        for region, label in LABELS.items()
-    }
-
-
-def _score_region(prediction, reference, spacing):
-    hd95, assd = surface_distances(prediction, reference, spacing)
-    return {
-        "dice": dice(prediction, reference),
-        "hd95_mm": hd95,
-        "assd_mm": assd,
-        "volume_ml": volume_ml(prediction, spacing),
-        "reference_volume_ml": volume_ml(reference, spacing),
-    }
+    scores = {}
+    for region, label in LABELS.items():
+        masks = [np.asarray(labels) == label for labels in (prediction, reference)]
+        values = dice(*masks), *surface_distances(*masks, spacing), *(volume_ml(m, spacing) for m in masks)
+        scores[region] = dict(zip(SCORES, values))
+    return scores
 
 
 def paper_dice(probabilities, reference):
@@ -157,7 +133,7 @@ def largest_component(labels):
 
 def ejection_fraction(edv, esv):
     """Ejection fraction in percent from the volumes at ED and ES; NaN where EDV is 0 or NaN."""
-    return float(100 * (edv - esv) / edv) if edv else _NAN
+    return float(100 * (edv - esv) / edv) if edv else np.nan
 
 
 # ----------------------------------------------------------------------------------- over patients
@@ -172,7 +148,7 @@ def bootstrap_interval(differences, confidence=0.95, resamples=10_000, seed=0):
     """
     differences = np.asarray(differences, float)
     if len(differences) < 2:
-        return _NAN, _NAN
+        return np.nan, np.nan
     drawn = np.random.default_rng(seed).integers(len(differences), size=(resamples, len(differences)))
     tail = 50 * (1 - confidence)
     low, high = np.percentile(differences[drawn].mean(axis=1), [tail, 100 - tail])
@@ -192,12 +168,12 @@ def paired_comparison(first, second):
     n = len(differences)
     low, high = bootstrap_interval(differences)
     if not n:
-        p = _NAN
+        p = np.nan
     elif not differences.any():
         p = 1.0  # scipy has no answer without ranks
     else:
         p = float(stats.wilcoxon(differences).pvalue)
-    mean = float(differences.mean()) if n else _NAN
+    mean = float(differences.mean()) if n else np.nan
     return {"mean_difference": mean, "low": low, "high": high, "p": p, "n": n}
 
 
@@ -214,14 +190,14 @@ def agreement(measured, reference):
     known = ~np.isnan(measured) & ~np.isnan(reference)
     measured, reference = measured[known], reference[known]
     difference, n = measured - reference, len(measured)
-    bias = float(difference.mean()) if n else _NAN
-    spread = 1.96 * float(difference.std(ddof=1)) if n > 1 else _NAN
+    bias = float(difference.mean()) if n else np.nan
+    spread = 1.96 * float(difference.std(ddof=1)) if n > 1 else np.nan
     varies = n > 1 and np.ptp(measured) > 0 and np.ptp(reference) > 0
     return {
         "bias": bias,
         "loa_low": bias - spread,
         "loa_high": bias + spread,
-        "r": float(np.corrcoef(measured, reference)[0, 1]) if varies else _NAN,
-        "mae": float(np.abs(difference).mean()) if n else _NAN,
+        "r": float(np.corrcoef(measured, reference)[0, 1]) if varies else np.nan,
+        "mae": float(np.abs(difference).mean()) if n else np.nan,
         "n": n,
     }

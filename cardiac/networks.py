@@ -26,25 +26,15 @@ class RegistrationNetwork(nn.Module):
     to find is where its outlines lie in the fixed slice.
     """
 
-    def __init__(self, guided=False, encoder=(16, 32, 32, 32), decoder=(32, 32, 32, 32), last=(32, 16, 16)):
+    def __init__(self, guided=False):
         super().__init__()
         self.guided = guided
-        self.encoder = nn.ModuleList()
-        channels = 1 + CLASSES if guided else 2
-        for width in encoder:
-            self.encoder.append(_convolution(channels, width))
-            channels = width
-        self.decoder = nn.ModuleList()
-        for width, skip in zip(
-            decoder, [*encoder[:0:-1], 0]
-        ):  # the finest skip stays unused: half resolution
-            self.decoder.append(_convolution(channels, width))
-            channels = width + skip
-        self.last = nn.Sequential()
-        for width in last:
-            self.last.append(_convolution(channels, width))
-            channels = width
-        self.velocity = nn.Conv2d(channels, 2, 3, padding=1)
+        widths = [1 + CLASSES if guided else 2, 16, 32, 32, 32]
+        self.encoder = nn.ModuleList(map(_convolution, widths, widths[1:]))
+        # 64: 32 and a skip of 32; the finest skip stays unused: half resolution
+        self.decoder = nn.ModuleList(_convolution(before, 32) for before in (32, 64, 64, 64))
+        self.last = nn.Sequential(_convolution(32, 32), _convolution(32, 16), _convolution(16, 16))
+        self.velocity = nn.Conv2d(16, 2, 3, padding=1)
         nn.init.normal_(self.velocity.weight, std=1e-5)  # training starts from the identity
         nn.init.zeros_(self.velocity.bias)
 
@@ -62,9 +52,7 @@ class RegistrationNetwork(nn.Module):
         for level, skip in zip(self.decoder[:-1], skips[:0:-1]):
             x = torch.cat([F.interpolate(level(x), scale_factor=2, mode="nearest"), skip], dim=1)
         x = self.last(self.decoder[-1](x))
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # a velocity in bfloat16 would be too coarse to integrate
+        with torch.autocast(x.device.type, enabled=False):  # too coarse to integrate in bfloat16
             return F.conv2d(x.float(), self.velocity.weight.float(), self.velocity.bias.float(), padding=1)
 
 
@@ -79,13 +67,10 @@ class SegmentationNetwork(nn.Module):
     def __init__(self, channels=32):
         super().__init__()
         widths = [channels * 2**level for level in range(5)]
-        self.down = nn.ModuleList(
-            _double_convolution(before, after) for before, after in zip([1, *widths[:-1]], widths)
-        )
+        self.down = nn.ModuleList(map(_double_convolution, [1, *widths], widths))
         widths.reverse()
-        self.up = nn.ModuleList(
-            nn.ConvTranspose2d(below, width, 2, stride=2) for below, width in zip(widths, widths[1:])
-        )
+        up = zip(widths, widths[1:])
+        self.up = nn.ModuleList(nn.ConvTranspose2d(below, width, 2, stride=2) for below, width in up)
         self.merge = nn.ModuleList(_double_convolution(2 * width, width) for width in widths[1:])
         self.classify = nn.Conv2d(channels, CLASSES, 1)
         begin_with_background(self.classify.bias)
@@ -124,10 +109,9 @@ class Mirrored(nn.Module):
 
     def forward(self, x):
         """x: slices (B, 1, H, W). Returns logits (B, 4, H, W): the averaged probabilities' logarithm."""
-        probabilities = [
-            self.network(x.flip(axes)).float().softmax(1).flip(axes) for axes in ((), (2,), (3,), (2, 3))
-        ]
-        return torch.stack(probabilities).mean(0).clamp(min=1e-12).log()
+        axes = ((), (2,), (3,), (2, 3))
+        views = [self.network(x.flip(each)).float().softmax(1).flip(each) for each in axes]
+        return torch.stack(views).mean(0).clamp(min=1e-12).log()
 
 
 def _convolution(before, after):
@@ -140,11 +124,7 @@ def _convolution(before, after):
 def _double_convolution(before, after):
     layers = []
     for channels in (before, after):  # no bias: batch norm has its own
-        layers += [
-            nn.Conv2d(channels, after, 3, padding=1, bias=False),
-            nn.BatchNorm2d(after),
-            nn.ReLU(inplace=True),
-        ]
+        layers += [nn.Conv2d(channels, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(True)]
     return nn.Sequential(*layers)
 
 

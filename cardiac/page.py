@@ -17,10 +17,12 @@ from PIL import Image
 
 from cardiac import LABELS, REGIONS
 from cardiac.cases import VENDORS, load_case
-from cardiac.evaluation import FAILURE, mean, number, p_text
+from cardiac.evaluation import FAILURE, mean, number, p_text, prediction_path
 from cardiac.files import write_text
+from cardiac.nifti import read_label_values
+from cardiac.preprocessing import intensity_window
 from cardiac.propagation import Propagated
-from cardiac.report import COLOURS, heart_box, labelled_cine, median_case, read_prediction
+from cardiac.report import COLOURS, heart_box, labelled_cine, median_case
 
 PAIRED = "Difference of a patient's mean Dice; bootstrap over patients; p not corrected for so many rows."
 
@@ -90,7 +92,7 @@ def _summary(results):
         cards[f"Wilcoxon, {n} patients"] = p
     cards["failures"] = str(len(results.failures))
     boxes = "".join(f"<div><b>{escape(value)}</b>{escape(name)}</div>" for name, value in cards.items())
-    labels = {"original": "expert labels of ED and ES", "propagated": "expert and propagated labels"}
+    labels = {"original": results.labels, "propagated": f"{results.labels}, and propagated labels"}
     lines = [["network", "trained on", "dataset", "steps", "validation Dice", "slices"]]
     for model, run in results.trained.items():
         used = run["settings"]
@@ -163,12 +165,12 @@ def _viewer(name, views):
 def _case_view(folder, results, case, why, all_frames):
     """The view of a scored case: expert and predictions, at ED and ES or in every frame."""
     image, experts, _ = load_case(case)
-    low, high = np.percentile(image, (1, 99))
+    low, high = intensity_window(image)
     phases = {case.ed: "ED", case.es: "ES"}
     frames = list(range(case.frames)) if all_frames else list(phases)
     sources = {"expert": experts}
     for model in results.models:
-        prediction = read_prediction(folder, model, case.code)
+        prediction = read_label_values(prediction_path(folder / "predictions" / model, case.code))
         sources[model] = {frame: prediction[..., frame] for frame in frames}
     images, names, notes = {}, {}, {}
     for frame in frames:

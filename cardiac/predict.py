@@ -73,11 +73,12 @@ def predict_scans(scans, model, network, progress, settings, device):
             made_from |= {"model": model, "steps": progress.step, "best": progress.best}
             made_from |= {name: getattr(settings, name) for name in ("largest_component", "mirrored")}
             summary = folder / name / "summary.json"
-            done = read_json(summary)["made_from"] if summary.exists() and not settings.overwrite else None
+            known = summary.exists() and not settings.overwrite
+            done = read_json(summary).get("made_from") if known else None
             if done == made_from:
                 print(f"{summary.parent}: finished; --overwrite starts anew")
-            elif done and done["file"] != str(file):
-                raise InputError(f"{summary.parent}: made from {done['file']}; --overwrite replaces it")
+            elif done and done.get("file") != str(file):
+                raise InputError(f"{summary.parent}: made from {done.get('file')}; --overwrite replaces it")
             else:
                 work.append((name, file, made_from))
         if work:
@@ -88,7 +89,7 @@ def predict_scans(scans, model, network, progress, settings, device):
             write_json(folder / name / "summary.json", {"scan": name, **found, "made_from": made_from})
             tqdm.write(_line(name, found))
         rows = [read_json(path) for path in sorted(folder.glob("*/summary.json"))]
-        rows = [row | {"model": row["made_from"]["model"]} for row in rows]
+        rows = [row | {"model": row["made_from"]["model"]} for row in rows if "made_from" in row]
         write_csv(folder / "summary.csv", [name for name in rows[0] if name != "made_from"], rows)
     print(f"to look at: {folder}/*/volumes.png; all scans: {folder / 'summary.csv'}")
 
@@ -96,8 +97,9 @@ def predict_scans(scans, model, network, progress, settings, device):
 def predict_scan(folder, file, network, settings, device):
     """Segment one scan and write its mask, volumes.csv and volumes.png to `folder`.
 
-    Returns ED and ES (frames of the largest and the smallest LV, zero-based) and `heart_function`; None for
-    what a scan of one frame does not tell. Slices are made exactly as for the cache.
+    Returns ED and ES (frames of the largest and the smallest LV that was found, zero-based) and
+    `heart_function`; None for what a scan of one frame does not tell. Slices are made exactly as for the
+    cache.
     """
     header, image = read_header(file, (3, 4)), read_image(file, (3, 4))
     spacing, dimensions = spacing_of(header, file), image.ndim
@@ -112,8 +114,8 @@ def predict_scan(folder, file, network, settings, device):
         {region: volume_ml(labels[..., frame] == label, spacing) for region, label in LABELS.items()}
         for frame in range(len(slices))
     ]
-    cavity = [volume["LV"] for volume in volumes]
-    ed, es = int(np.argmax(cavity)), int(np.argmin(cavity))
+    cavity = np.array([volume["LV"] for volume in volumes])
+    ed, es = int(cavity.argmax()), int(np.where(cavity > 0, cavity, np.inf).argmin())  # 0: LV was not found
     phases = {"ED": ed, "ES": es}
     found = heart_function({(p, region): volumes[t][region] for p, t in phases.items() for region in REGIONS})
     found = {"ED": ed, "ES": es, **found}
@@ -121,8 +123,7 @@ def predict_scan(folder, file, network, settings, device):
         found = dict.fromkeys(found)
     elif len(slices) == 1:  # no heartbeat: what needs ES is not known
         found = {key: None if re.search("ES|SV|EF", key) else value for key, value in found.items()}
-    found = {key: None if value != value else value for key, value in found.items()}  # NaN is not JSON
-    found |= {"frames": len(slices), "frames_without_LV": cavity.count(0)}
+    found |= {"frames": len(slices), "frames_without_LV": int((cavity == 0).sum())}
 
     times = _times(header, len(slices))
     rows = [

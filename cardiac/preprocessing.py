@@ -59,7 +59,7 @@ class Grid:
     @staticmethod
     def _apply(planes, source, target, steps, shift, outside):
         axes = zip(source, target, steps, shift)
-        rows, columns = (_sparse_matrix(*axis, outside) for axis in axes)
+        rows, columns = (resampling_matrix(*axis, outside) for axis in axes)
         planes = planes.astype(np.float32, copy=False)
         resampled = np.empty((*planes.shape[:-2], *target), np.float32)
         for index in np.ndindex(planes.shape[:-2]):
@@ -68,12 +68,8 @@ class Grid:
 
 
 @functools.lru_cache(maxsize=4)  # a case has two axes, and the same for every frame
-def _sparse_matrix(*axis):
-    return csr_array(resampling_matrix(*axis))  # two to four entries a row: most of a dense product is zeros
-
-
 def resampling_matrix(source, target, step, shift=0.0, outside="zero"):
-    """Linear interpolation along one axis as a matrix (target, source), float32.
+    """Linear interpolation along one axis as a sparse matrix (target, source), float32.
 
     Target sample i lies at c = (source - 1) / 2 + shift + (i - (target - 1) / 2) * step. The kernel is a
     triangle as wide as the coarser of both grids, so that going to a coarser one does not alias. outside:
@@ -87,9 +83,9 @@ def resampling_matrix(source, target, step, shift=0.0, outside="zero"):
     weights /= weights.sum(1, keepdims=True)
     if outside == "zero":
         weights[(taps < 0) | (taps >= source)] = 0
-    matrix = np.zeros((target, source), np.float32)
-    rows = np.repeat(np.arange(target), taps.shape[1])
-    np.add.at(matrix, (rows, taps.clip(0, source - 1).astype(int).ravel()), weights.ravel())
+    rows, columns = np.indices(taps.shape)[0], taps.clip(0, source - 1).astype(int)
+    matrix = csr_array((weights.ravel(), (rows.ravel(), columns.ravel())), (target, source), np.float32)
+    matrix.eliminate_zeros()
     return matrix
 
 

@@ -123,9 +123,7 @@ class Propagated:
             where = [(code.decode("ascii"), *place) for code, *place in zip(codes, *columns[:2])]
             return cls(labels, where, np.array(columns[2], np.float32), trust)
         except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise InputError(
-                f"{path}: not readable ({error}); run propagate_labels.py --overwrite"
-            ) from error
+            raise InputError(f"{path}: not readable ({error}); propagate_labels.py --overwrite") from error
 
 
 def made_from(path):
@@ -216,9 +214,8 @@ def propagate_interval(network, store, start, end, frames, trusted):
     """
     (case,) = store.cases
     known = [phase for phase in ("ED", "ES") if case.phases[phase] in case.expert]
-    carried = {
-        phase: carry(network, store, case.phases[phase], frames) for phase in known[: 2 if trusted else 1]
-    }
+    used = known if trusted else known[:1]
+    carried = {phase: carry(network, store, case.phases[phase], frames) for phase in used}
     folding = torch.stack([each.folding for each in carried.values()]).nan_to_num(-1).amax(0)
     span = (case.phases[end] - case.phases[start]) % case.frames
     elapsed = torch.tensor([(frame - case.phases[start]) % case.frames / span for frame in frames])
@@ -238,24 +235,19 @@ def propagate_interval(network, store, start, end, frames, trusted):
         certainty = torch.ones_like(only.residual)
         sourced = only.present.expand(len(frames), -1)
         sources = {phase: sourced}
-    confidence, folding = (
-        torch.where(sourced, each, torch.nan).cpu().numpy() for each in (confidence, folding)
-    )
-    masks = {phase: mask.tolist() for phase, mask in sources.items()}
-    named = [
-        ["+".join(p for p in masks if masks[p][f][z]) for z in range(case.slices)] for f in range(len(frames))
-    ]
+    parts = (torch.where(sourced, each, torch.nan).cpu().numpy() for each in (confidence, folding))
+    masks = [(phase, mask.tolist()) for phase, mask in sources.items()]
+    places = range(len(frames)), range(case.slices)
+    named = [["+".join(p for p, mask in masks if mask[f][z]) for z in places[1]] for f in places[0]]
     certainty = (255 * certainty).round().to(torch.uint8)
-    return Result(labels.cpu().numpy(), certainty.cpu().numpy(), confidence, folding, named, fault)
+    return Result(labels.cpu().numpy(), certainty.cpu().numpy(), *parts, named, fault)
 
 
 def _dilate(masks, pixels):
     """Masks (B, H, W) dilated by a square of so many pixels to every side."""
-    half = round(pixels)
-    masks = masks[:, None].float()
-    for side in ((half, 0), (0, half)):  # along one axis after the other: for a square that is the same
-        masks = F.max_pool2d(masks, tuple(2 * n + 1 for n in side), 1, side)
-    return masks[:, 0] > 0
+    half, width = round(pixels), 2 * round(pixels) + 1
+    masks = F.max_pool2d(masks[:, None].float(), (width, 1), 1, (half, 0))  # one axis after the other
+    return F.max_pool2d(masks, (1, width), 1, (0, half))[:, 0] > 0
 
 
 # ------------------------------------------------------------------------- the registration's own quality
@@ -315,14 +307,8 @@ def _score_own_grid(source, target, warped, spacing, determinant):
     folding = 100 * float((determinant[near] <= 0).mean())
     spread = float(np.log(determinant[near].clip(1e-3)).std())
     before, after = score_case(source, target, spacing), score_case(warped, target, spacing)
-    return {
-        region: {
-            "dice_before": before[region]["dice"],
-            "dice_after": after[region]["dice"],
-            "hd95_mm_before": before[region]["hd95_mm"],
-            "hd95_mm_after": after[region]["hd95_mm"],
-            "folding_percent": folding,
-            "sd_log_jacobian": spread,
-        }
-        for region in REGIONS
-    }
+    found = {}
+    for region in REGIONS:
+        pairs = ((before[region][name], after[region][name]) for name in ("dice", "hd95_mm"))
+        found[region] = dict(zip(QUALITY[4:], (*next(pairs), *next(pairs), folding, spread)))
+    return found

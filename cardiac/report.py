@@ -16,6 +16,7 @@ from cardiac.files import read_csv, replacing, write_bytes
 from cardiac.losses import IGNORED
 from cardiac.networks import register, segment
 from cardiac.nifti import read_label_values
+from cardiac.slices import SliceStore
 from cardiac.warp import jacobian_determinant, warp
 
 # Okabe & Ito (2008): told apart by colour-blind readers, on dark images too
@@ -82,8 +83,9 @@ def draw_registration(path, network, store, count=4):
         z = case.slices // 2
         phases = case.ed, case.es
         moving, fixed = (store.images(torch.from_numpy(case.rows(frame)[z : z + 1])) for frame in phases)
-        labels, target = (_expert(store, case, frame, z) for frame in phases)
-        displacement = register(network, moving, fixed, store.known(case, case.ed)[z : z + 1])
+        known = store.known(case, case.ed)[z : z + 1]
+        displacement = register(network, moving, fixed, known)
+        labels, target = known[0].cpu().numpy(), store.known(case, case.es)[z].cpu().numpy()
         warped = warp(moving, displacement)[0, 0].cpu().numpy()
         determinant = jacobian_determinant(displacement)[0].cpu().numpy()
         moving, fixed = moving[0, 0].cpu().numpy(), fixed[0, 0].cpu().numpy()
@@ -97,11 +99,6 @@ def draw_registration(path, network, store, count=4):
         _draw_grid(axes[5], displacement[0].cpu().numpy())
         show_slice(axes[6], determinant, None, "det J (white: 1)", cmap="PuOr", vmin=0, vmax=2)
     save_figure(figure, path)
-
-
-def _expert(store, case, frame, z):
-    """The expert label (S, S) of a slice, None where it is not known."""
-    return store.expert(case, frame)[z].cpu().numpy() if frame in case.expert else None
 
 
 def _spread(cases, count):
@@ -119,7 +116,7 @@ def draw_segmentation(path, network, store, count=4):
         z = case.slices // 2
         for k, (phase, frame) in enumerate((("ED", case.ed), ("ES", case.es))):
             image = store.images(torch.from_numpy(case.rows(frame)[z : z + 1]))
-            labels = _expert(store, case, frame, z)
+            labels = store.known(case, frame)[z].cpu().numpy()  # no contours where IGNORED
             prediction = segment(network, image).argmax(1)[0].cpu().numpy()
             image = image[0, 0].cpu().numpy()
             show_slice(axes[2 * k], image, labels, f"{case.code} {phase}: expert", vmin=0, vmax=1)
@@ -197,7 +194,7 @@ def draw_overlays(folder, results):
         figure = Figure((2.1 * 6, 2.35 * len(ranks) + 0.3), layout="constrained")
         for line, (rank, code) in zip(figure.subplots(len(ranks), 6, squeeze=False), ranks.items()):
             case, (image, experts, _) = known[code], load_case(known[code])
-            prediction = read_prediction(folder, model, code)
+            prediction = read_label_values(prediction_path(folder / "predictions" / model, code))
             labels = np.stack([*experts.values(), prediction[..., case.ed], prediction[..., case.es]], -1)
             box = heart_box(labels, case.spacing)
             look = {"vmax": np.percentile(image, 99), "aspect": case.spacing[1] / case.spacing[0]}
@@ -216,14 +213,8 @@ def draw_overlays(folder, results):
         save_figure(figure, folder / f"overlays_{model}.png")
 
 
-def read_prediction(folder, model, code):
-    """The prediction (X, Y, Z, T) uint8 of a case below the evaluation's folder."""
-    return read_label_values(prediction_path(folder / "predictions" / model, code))
-
-
 def _draw_grid(axes, displacement, every=5):
-    rows, columns = np.meshgrid(*(np.arange(n) for n in displacement.shape[1:]), indexing="ij")
-    rows, columns = rows + displacement[0], columns + displacement[1]
+    rows, columns = np.indices(displacement.shape[1:]) + displacement
     style = {"color": "#E69F00", "linewidth": 0.5}
     axes.plot(rows[::every].T, columns[::every].T, **style)
     axes.plot(rows[:, ::every], columns[:, ::every], **style)
@@ -259,25 +250,18 @@ def median_case(cases, propagated):
     confidence = {case.code: [] for case in cases}
     for (code, _, _), value in zip(propagated.where, propagated.confidence):
         confidence[code].append(value)
+    cases = [case for case in cases if confidence[case.code]] or cases
     ranked = sorted(cases, key=lambda case: (np.mean(confidence[case.code] or [0]), case.code))
     return ranked[len(ranked) // 2]
 
 
 def labelled_cine(cache, case, propagated):
-    """{frame: (images (Z, S, S), labels (Z, S, S))} of all frames with labels, in the order of time from ED.
-    """
-    size, z = cache.size, case.slices
-    labels = propagated.of(case)
-    for frame in case.expert:
-        labels[frame] = np.empty((z, size, size), np.uint8)
-        rows = case.label_rows(frame)
-        cache.read("labels", [(rows[0], rows[-1] + 1)], labels[frame])
-    frames = {}
-    for frame in sorted(labels, key=lambda frame: (frame - case.ed) % case.frames):
-        images = np.empty((z, size, size), np.float16)
-        cache.read("images", [(case.rows(frame)[0], case.rows(frame)[-1] + 1)], images)
-        frames[frame] = (images.astype(np.float32), np.where(labels[frame] == IGNORED, 0, labels[frame]))
-    return frames
+    """{frame: (images (Z, S, S), labels (Z, S, S))} of all frames with labels, in order of time from ED."""
+    store = SliceStore(cache, [case], torch.device("cpu"), place="file")
+    (own,) = store.cases
+    maps = propagated.of(case) | {frame: store.expert(own, frame).numpy() for frame in case.expert}
+    order = sorted(maps, key=lambda frame: (frame - case.ed) % case.frames)
+    return {t: (store.frame(own, t)[:, 0].numpy(), np.where(maps[t] == IGNORED, 0, maps[t])) for t in order}
 
 
 def print_quality(rows):

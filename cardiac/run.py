@@ -81,7 +81,7 @@ def _last_words(error):
     if isinstance(error, InputError):
         return str(error), 2
     if isinstance(error, torch.cuda.OutOfMemoryError):
-        return "out of GPU memory: lower --batch-size, --size or --channels, or take --device cpu", 2
+        return "out of GPU memory: lower --size (or --batch-size, --channels), or take --device cpu", 2
     # of a worker that the kernel killed there is no more than a BrokenExecutor; the text is torch's
     if isinstance(error, (MemoryError, BrokenExecutor)) or "can't allocate memory" in str(error):
         return "out of memory: lower --size, --batch-size or --workers", 2
@@ -129,12 +129,14 @@ def deferred_signals():
 def choose_device(name):
     """The torch device for `--device auto|cpu|cuda`; under torchrun each process has a card of its own."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "--device cuda: this machine has no CUDA device that torch can use; try --device auto"
-        )
+        raise InputError("--device cuda: there is no CUDA device that torch can use; try --device auto")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and parallel.LAUNCHED:
+        cards = torch.cuda.device_count()
+        if cards < parallel.ON_THIS_HOST:
+            what = f"{parallel.ON_THIS_HOST} processes, but this machine has {cards} CUDA device(s)"
+            raise InputError(f"torchrun started {what}; lower --nproc_per_node")
         torch.cuda.set_device(parallel.LOCAL_RANK)
     return torch.device(name)
 

@@ -22,7 +22,8 @@ LABELLED_PHASES = setting(
     choices=("ED", "ES", "both"),
 )
 LABELLED_CASES = setting(
-    None, "use the expert labels of so many Training patients, chosen by seed; the others take part without"
+    None, "use the expert labels of only N Training patients, chosen by seed; the others take part without "
+    "(default: all)", metavar="N"
 )
 
 
@@ -46,11 +47,13 @@ class Settings:
         "slices are cut about the centre of the image, or about what moves",
         choices=("centre", "motion"),
     )
-    seed: int = setting(0, "what step n of a run draws depends on (seed, n) alone")
-    recipe: str = setting("paper", "defaults for the settings below", choices=("paper", "strong"))
+    seed: int = setting(0, "random seed; what step n draws depends on (seed, n) alone")
+    recipe: str = setting(
+        "paper", "the paper's method, or the defaults marked `strong` here", choices=("paper", "strong")
+    )
     workers: int = setting(0, "processes that read, unpack and score scans (0: one a core)")
-    skip_bad: bool = setting(False, "go on without cases that cannot be read")
-    overwrite: bool = setting(False, "start anew: what this script wrote in OUT before is removed")
+    skip_bad: bool = setting(False, "leave out cases that cannot be read, instead of stopping")
+    overwrite: bool = setting(False, "start anew: remove what this script wrote in OUT before")
 
     def writes(self, folder):
         """Whether this call of the script writes to this one of its folders below OUT."""
@@ -119,7 +122,7 @@ class RegistrationSettings(TrainingSettings):
     dice_weight: float = setting(0.05, "weight of the labels' overlap where both slices have expert labels")
     difference_weight: float = setting(0.0, "weight of the labels' squared difference, in the same slices")
     guided: bool = setting(False, "the labels of the moving slice, where known, are an input of the network")
-    labelled_share: float = setting(0.5, "share of pairs drawn as ED and ES where both have expert labels")
+    labelled_share: float = setting(0.5, "share of pairs that are ED and ES, where both have expert labels")
 
 
 @dataclass
@@ -129,7 +132,7 @@ class PropagationSettings(Settings):
     STRONG: ClassVar = {**Settings.STRONG, "trust": True}
     REMADE: ClassVar = True
     trust: bool = setting(
-        False, "labels of ED and ES fused, every pixel weighed by trust, every slice checked (`trust.py`)"
+        False, "fuse the labels of ED and ES, weight every pixel by trust, check every slice (`trust.py`)"
     )
     frames: str = setting(
         "systole", "systole: the frames between ED and ES; all: diastole too", choices=("systole", "all")
@@ -164,7 +167,8 @@ class EvaluationSettings(Settings):
     STRONG: ClassVar = {**Settings.STRONG, "mirrored": True}
     data: Path = setting(None, "dataset to score, the run's own or another, in the layout of M&Ms or ACDC")
     predict: tuple = setting(
-        (), "instead: NIfTI files to segment, or folders of them", type=Path, nargs="+", metavar="PATH"
+        (), "segment these NIfTI files, or all in these folders, instead of scoring --data", type=Path,
+        nargs="+", metavar="PATH",
     )
     channels: int = setting(32, "channels of the U-Net's first level")
     split: str = setting("Testing", "cases to score", choices=("Testing", "Validation", "Training"))
@@ -199,7 +203,11 @@ def parse(kind, argv, description, own=(), earlier=()):
     words, and a typed one that contradicts it is an InputError (unless --overwrite). earlier: folders of the
     scripts before it, which give size, spacing, seed, recipe and channels in the same way.
     """
-    parser = Parser(description=description)
+    if earlier:
+        description += "\n\nTaken from the runs in OUT unless typed: " + ", ".join(
+            name.replace("_", "-") for name in SHARED if hasattr(kind, name)
+        )
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for item in dataclasses.fields(kind):
         options = dict(item.metadata)
         text = options.pop("help").replace("%", "%%")

@@ -6,7 +6,6 @@ the whole of it, in numbers, and read their part.
 """
 
 import dataclasses
-import os
 
 import numpy as np
 import torch
@@ -38,7 +37,7 @@ class SliceStore:
         place = place or _place(rows * cache.size**2 * 2, device)
         if place == "file":
             self._rows = torch.cat([torch.arange(*each) for each in ranges])
-            self._offset, self._file = cache.offset("images"), None
+            self._offset = cache.offset("images")
         else:
             there = device if place == "device" else "cpu"
             self._images = torch.empty(shape, dtype=torch.float16, device=there)
@@ -49,13 +48,9 @@ class SliceStore:
         self.labels = torch.from_numpy(labels).to(device)
         self.cases = _rebase(cases)
         if what:
-            where = {
-                "device": f"on the device ({device.type})",
-                "host": "in host memory",
-                "file": "in the file",
-            }
+            at = {"device": f"on the device ({device.type})", "host": "in host memory", "file": "in the file"}
             size = rows * cache.size**2 * 2 / 1e9
-            print(f"{what}: {len(cases)} cases, {rows} slices, {size:.2f} GB {where[place]}", flush=True)
+            print(f"{what}: {len(cases)} cases, {rows} slices, {size:.2f} GB {at[place]}", flush=True)
 
     def images(self, rows):
         """Slices of these rows, (B,) on the CPU: (B, 1, S, S) float32 on the device."""
@@ -81,13 +76,10 @@ class SliceStore:
         return self.labels[-1:].expand(case.slices, -1, -1)
 
     def _from_file(self, rows):
-        if self._file is None:  # opened by the process that reads, never handed to another
-            self._file = open(self.cache.path, "rb", buffering=0)  # noqa: SIM115
-        slices = np.empty((len(rows), self.cache.size, self.cache.size), np.float16)
-        for slice_, row in zip(slices, self._rows[rows].tolist()):
-            self._file.seek(self._offset + row * slice_.nbytes)
-            self._file.readinto(slice_)
-        return torch.from_numpy(slices)
+        path, side = self.cache.path, self.cache.size
+        places = (self._offset + 2 * side**2 * self._rows[rows]).tolist()
+        slices = [np.fromfile(path, np.float16, side**2, offset=place) for place in places]
+        return torch.from_numpy(np.stack(slices)).view(-1, side, side)
 
 
 def _read_images(cache, ranges, images):
@@ -116,8 +108,9 @@ def _place(size, device):
     """Where `size` bytes of slices go, leaving room for the network: "device", "host" or "file"."""
     if device.type == "cuda" and size < 0.6 * torch.cuda.mem_get_info(device)[0]:
         return "device"
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ON_THIS_HOST
-    if size < 0.6 * available:
+    with open("/proc/meminfo") as file:  # what is free, and what the system keeps of files and can give up
+        available = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    if size < 0.6 * 1024 * available / ON_THIS_HOST:
         return "device" if device.type == "cpu" else "host"
     return "file"
 
@@ -183,14 +176,10 @@ class LabelledSlices:
     """
 
     def __init__(self, store, propagated=None, expert_share=0.0):
-        rows, label_rows = [], []
-        for case in store.cases:
-            for frame in case.expert:
-                rows.append(case.rows(frame))
-                label_rows.append(case.label_rows(frame))
         self.store, self.expert_share = store, expert_share
-        self.rows = torch.from_numpy(np.concatenate(rows))
-        self.labels = store.labels[torch.from_numpy(np.concatenate(label_rows)).to(store.device)]
+        places = [(case, frame) for case in store.cases for frame in case.expert]
+        self.rows = torch.from_numpy(np.concatenate([case.rows(frame) for case, frame in places]))
+        self.labels = torch.cat([store.expert(case, frame) for case, frame in places])
         self.expert = len(self.rows)
         full = np.full((1, *self.labels.shape[1:]), 255, np.uint8)
         if propagated is not None:

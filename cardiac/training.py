@@ -7,21 +7,24 @@ schedule, mixed precision, checkpoints, resume, the log and the way out when it 
 import contextlib
 import dataclasses
 import math
+import os
 import resource
 import time
 from typing import Protocol
 
 import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from cardiac import parallel
-from cardiac.checkpoint import Progress, resume, write_checkpoint
-from cardiac.files import InputError, replacing, write_csv
+from cardiac.checkpoint import Progress, restore, write_checkpoint
+from cardiac.files import InputError, replacing, write_bytes, write_csv
 from cardiac.networks import mixed_precision
 from cardiac.run import deferred_signals
 
 READ_EVERY = 20  # steps between two looks at the losses: each look waits for the device
 SAVE_EVERY = 60  # seconds of work that a kill may cost at most
+BEST_BEFORE = ".best.pt"  # of whole epochs, while that of a part of one has its place
 HELP = "last.pt is older; a lower --lr may help (with --overwrite)"
 
 
@@ -54,14 +57,13 @@ def fit(task, settings, folder, device, outcome="curves.png"):
     run = Run(task, settings, folder, device)
     progress = run.progress
     if progress.step >= total:
-        print(
-            f"{folder}: finished at step {progress.step}; a larger --max-steps or --epochs goes on",
-            flush=True,
-        )
+        print(f"{folder}: finished at step {progress.step}; a larger --max-steps or --epochs goes on")
         return first and not (folder / outcome).exists()
     (folder / outcome).unlink(missing_ok=True)
     meter = run.begin()
-    profiler = profile_steps(folder, meter.bar) if settings.profile and first else contextlib.nullcontext()
+    profiler = contextlib.nullcontext()
+    if settings.profile and first:
+        profiler = profile_steps(folder, device, meter.bar)
     with deferred_signals() as leave_if_asked, meter.bar, profiler:
         while progress.step < total:
             run.step()
@@ -73,7 +75,9 @@ def fit(task, settings, folder, device, outcome="curves.png"):
                 run.save()
             if first:  # the others would leave it alone in the middle of a step
                 leave_if_asked(run.save)
-    meter.summary()
+    row = progress.rows[-1]
+    print(f"{row['samples_per_second']:.0f} samples/s in the last epoch, {row['waiting_percent']:.1f} % of "
+          f"its time waiting for data, peak memory {row['memory_gb']:.1f} GB", flush=True)  # fmt: skip
     return first
 
 
@@ -84,31 +88,34 @@ class Run:
         self.task, self.settings, self.folder, self.device = task, settings, folder, device
         self.network = task.network.to(device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=settings.lr, fused=True)
-        self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.optimizer, factor=0.1, patience=settings.patience
-        )
+        self.schedule = ReduceLROnPlateau(self.optimizer, factor=0.1, patience=settings.patience)
         self.average = WeightAverage(self.network, settings.averaging)
         names = ("network", "optimizer", "schedule", "average")  # of a checkpoint, beside the progress
         self.parts = {name: getattr(self, name) for name in names}
         self.progress = Progress()
         if (folder / "last.pt").exists():
-            self.progress = resume(folder / "last.pt", device, self.parts)
+            self.progress = restore(folder / "last.pt", device, **self.parts)
+            print(f"{folder / 'last.pt'}: going on from step {self.progress.step}", flush=True)
 
     def begin(self):
         """Start the clock; returns the `Meter`."""
         progress, settings = self.progress, self.settings
-        # the last epoch of a run that --max-steps cut short goes on as if it had not been
+        # the last epoch of a run that --max-steps cut short goes on as if it had not been validated
         progress.rows = [row for row in progress.rows if row["step"] % settings.steps_per_epoch == 0]
-        if not progress.rows:
-            progress.best = -math.inf
+        scores = [row["score"] for row in progress.rows if not math.isnan(row["score"])]
+        progress.best = max(scores, default=-math.inf)
+        if parallel.RANK == 0 and (self.folder / BEST_BEFORE).exists():
+            os.replace(self.folder / BEST_BEFORE, self.folder / "best.pt")
         self.meter = Meter(progress, settings.total_steps, settings.batch_size, self.device)
         return self.meter
 
     def step(self):
         """One step of the optimiser."""
         self.network.train()
-        with self.meter.waiting():
+        start = time.perf_counter()
+        with torch.profiler.record_function("waiting for data"):
             batch = self.task.draw(self.progress.step)
+        self.meter.waited += time.perf_counter() - start
         with mixed_precision(self.device):
             losses = self.task.losses(batch)
         self.optimizer.zero_grad()
@@ -120,8 +127,8 @@ class Run:
         self.meter.add(losses)
 
     def end_epoch(self):
-        """Validate, log, adapt the learning rate and save; after a part of an epoch, where --max-steps ends a
-        run, as little as leaves it free to go on.
+        """Validate, log, adapt the learning rate and save. After a part of an epoch, where --max-steps ends a
+        run, the rate stays, and so does the best of whole epochs: a run that goes on knows nothing of it.
         """
         progress, settings = self.progress, self.settings
         whole = progress.step % settings.steps_per_epoch == 0
@@ -132,8 +139,10 @@ class Run:
         if whole:
             self.schedule.step(scores["val_loss"])
             self.meter.restart()
-        better = scores["score"] > progress.best or not (self.folder / "best.pt").exists()  # NaN is neither
-        if better and (whole or len(progress.rows) == 1):
+        best = self.folder / "best.pt"
+        if scores["score"] > progress.best or not best.exists():  # NaN is neither
+            if parallel.RANK == 0 and not whole and best.exists():
+                write_bytes(self.folder / BEST_BEFORE, best.read_bytes())
             progress.best = max(progress.best, scores["score"])
             with self.average.applied():
                 self.save("best.pt")
@@ -225,14 +234,6 @@ class Meter:
         self.first_step = self.epoch_step = progress.step
         self.waited = 0.0
 
-    @contextlib.contextmanager
-    def waiting(self):
-        """Time a block as waiting for data."""
-        start = time.perf_counter()
-        with torch.profiler.record_function("waiting for data"):
-            yield
-        self.waited += time.perf_counter() - start
-
     def add(self, losses):
         """Count the losses of a step on the device; look at them every READ_EVERY steps."""
         step = torch.full((), float(self.progress.step), device=self.device)  # no copy from the host: no wait
@@ -287,19 +288,10 @@ class Meter:
     def show(self, scores):
         """Losses of the running epoch and scores of the last validation, on the progress bar."""
         self.scores = scores or self.scores
-        steps = max(1, self.progress.sums.get("steps", 0))
-        shown = {
-            name: f"{value / steps:.3f}" for name, value in self.progress.sums.items() if name != "steps"
-        }
-        shown |= {name: f"{value:.3f}" for name, value in self.scores.items()}
-        self.bar.set_postfix(shown)
-
-    def summary(self):
-        """Print what the last row of the log says of the speed, its validation included."""
-        row = self.progress.rows[-1]
-        speed = f"{row['samples_per_second']:.0f} samples/s in the last epoch"
-        print(f"{speed}, {row['waiting_percent']:.1f} % of its time waiting for data, "
-              f"peak memory {row['memory_gb']:.1f} GB", flush=True)  # fmt: skip
+        sums = dict(self.progress.sums)
+        steps = sums.pop("steps", 1)
+        shown = {name: f"{value / steps:.3f}" for name, value in sums.items()}
+        self.bar.set_postfix(shown | {name: f"{value:.3f}" for name, value in self.scores.items()})
 
     def _estimate(self, done):
         seconds = (time.perf_counter() - self.begun) / done
@@ -310,7 +302,7 @@ class Meter:
         )
 
 
-def profile_steps(folder, bar):
+def profile_steps(folder, device, bar):
     """A profiler of five steps, a few after the start; writes `folder`/trace.json and prints what takes time.
 
     To be called `.step()` once a step. The trace is for chrome://tracing or https://ui.perfetto.dev.
@@ -319,9 +311,8 @@ def profile_steps(folder, bar):
     def report(profiler):
         with replacing(folder / "trace.json") as temporary:
             profiler.export_chrome_trace(str(temporary))
-        cuda = torch.cuda.is_available()
         table = profiler.key_averages().table(
-            f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=12, max_name_column_width=40
+            f"self_{device.type}_time_total", row_limit=12, max_name_column_width=40
         )
         bar.write(f"{table}\n{folder / 'trace.json'}: five steps, for https://ui.perfetto.dev")
 

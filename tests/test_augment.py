@@ -92,6 +92,15 @@ def test_intensities_vary_by_sample_and_stay_bounded():
     assert spreads.max() > 2 * spreads.min()
 
 
+def test_what_is_dark_stays_dark():
+    """A lower offset does not fold the darkest tissue up: a magnitude is not negative."""
+    ramp = torch.linspace(0, 1, SIZE).expand(32, 1, SIZE, SIZE).contiguous()
+    off = {"gamma": 0, "bias": 0, "blur": 0, "noise": 0}
+    varied = augment.vary_intensity(step_generator(0, 0), ramp, **off)
+    assert (varied.diff(dim=-1) >= -1e-6).all()
+    assert (varied[..., 0] < 1e-6).all(-1).float().mean() > 0.2
+
+
 def test_no_amplitude_changes_nothing():
     images = torch.rand(4, 1, SIZE, SIZE)
     off = {"gamma": 0, "contrast": 0, "bias": 0, "blur": 0, "noise": 0}

@@ -193,6 +193,7 @@ def test_evaluation_writes_what_the_design_says(evaluated):
     summary = json.loads(text, parse_constant=pytest.fail)  # NaN is not JSON
     assert {each["group"] for each in summary["comparison"]} == {"all", "A", "D", *REGIONS}
     assert summary["made_from"]["models"]["original"]["steps"] == 4
+    assert summary["undefined"] == sum(np.isnan(row["dice"]) for row in rows)
     tables = "table.md table_paper.csv table_largest.csv clinical.csv agreement.csv comparison.csv"
     for name in (*tables.split(), "dice.png", "bland_altman.png", "overlays_original.png", "report.html"):
         assert (evaluated.folder / name).stat().st_size > 40, name
@@ -242,6 +243,8 @@ def test_a_model_that_is_missing_is_a_missing_row(run, capsys):
     printed = capsys.readouterr().out
     assert [line["model"] for line in read_csv(run.folder / "table.csv")] == ["original"]
     assert read_csv(run.folder / "comparison.csv") == []
+    gone = ("overlays_propagated.png", "predictions/propagated", "cases_largest.csv", "table_largest.csv")
+    assert not any((run.folder / name).exists() for name in gone), "of an evaluation before"
     assert "Gain of the propagated" not in (run.folder / "report.html").read_text()
     assert "original  " in printed
     assert "total  steps" in printed
@@ -374,6 +377,13 @@ def test_ed_and_es_are_the_largest_and_the_smallest_lv(evaluated, tmp_path, monk
     assert found["LV_EF_percent"] == pytest.approx(100 * (cavity[4] - cavity[1]) / cavity[4], rel=1e-5)
     assert found["LV_mass_g"] == pytest.approx(1.05 * voxel * (labels[..., 4] == 2).sum(), rel=1e-5)
     np.testing.assert_array_equal(nib.load(tmp_path / "out" / "out_pred.nii.gz").dataobj, labels)
+
+    regions[3] = np.zeros_like(regions[3])  # a frame in which the network fails is not ES
+    monkeypatch.setattr(predict, "regions_on_own_grid", lambda *_: iter(regions))
+    again = predict.predict_scan(
+        tmp_path / "out", tmp_path / "scan.nii.gz", None, settings, torch.device("cpu")
+    )
+    assert again == {**found, "frames_without_LV": 1}
 
 
 def test_predict_goes_on_with_the_scan_at_which_it_was_killed(run, monkeypatch):

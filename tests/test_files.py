@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cardiac import files
+from cardiac import files, parallel
 from cardiac.files import (
     InputError,
     locked,
@@ -90,6 +90,8 @@ def test_csv_there_and_back(tmp_path):
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\tx"])
 def test_a_text_is_never_a_formula(tmp_path, text):
+    write_csv(tmp_path / "t.csv", ["text"], [{"text": text}])
+    assert read_csv(tmp_path / "t.csv") == [{"text": text}]
     write_csv(tmp_path / "a.csv", ("case", "dice"), [{"case": text, "dice": -1.5}])
     with open(tmp_path / "a.csv", newline="") as file:
         _, (cell, number) = csv.reader(file)
@@ -338,3 +340,12 @@ def test_devices(monkeypatch):
         choose_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_device("auto") == torch.device("cuda")
+
+
+def test_more_processes_than_cards_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(parallel, "LAUNCHED", True)
+    monkeypatch.setattr(parallel, "ON_THIS_HOST", 2)
+    with pytest.raises(InputError, match="2 processes, but this machine has 1 CUDA"):
+        choose_device("cuda")

@@ -408,10 +408,11 @@ def test_labels_of_an_older_registration_are_made_anew(run, capsys):
     assert propagation.made_from(out / "propagation" / "labels.h5") != before
     assert labels.stat().st_mtime_ns > written, "--nifti is one of the run's words"
 
-    propagated = Propagated.read(out / "propagation" / "labels.h5")
+    path = out / "propagation" / "labels.h5"
+    propagated = Propagated.read(path)
     assert train_segmentation.main(words) == 0, "made anew, but the same: nothing had been learnt"
     propagated.labels[0, :4] = 1
-    propagated.write(out / "propagation" / "labels.h5", "another registration")
+    propagated.write(path, propagation.made_from(path))
     assert train_segmentation.main(words) == 2, "what is there was trained on the older labels"
     assert "other propagated labels" in capsys.readouterr().err
     words += ["--overwrite", "--labels", "propagated"]
@@ -432,6 +433,17 @@ def test_labels_of_a_case_that_has_changed_are_made_anew(run, tmp_path):
     assert propagate_labels.main([*words, "--cache", str(tmp_path / "cache")]) == 0
     rows = rows_of(out / "propagation" / "quality.csv")
     assert {row["frame"] for row in rows if row["case"] == "A0A0A0"} == {"1", "2"}
+
+
+def test_labels_of_another_registration_are_refused(run, capsys):
+    words, out = run
+    words += ["--cache", str(out / "cache")]
+    assert train_registration.main([*words, *SHORT, "--lr", "0.002", "--overwrite"]) == 0
+    assert train_segmentation.main([*words, "--overwrite"]) == 2
+    assert "of another registration than OUT's; run propagate_labels.py" in capsys.readouterr().err
+    assert train_registration.main([*words, *SHORT, "--labelled-phases", "ED", "--overwrite"]) == 0
+    assert train_segmentation.main([*words, "--overwrite"]) == 2
+    assert "labelled_phases is both there, ED here; run propagate_labels.py" in capsys.readouterr().err
 
 
 def test_labels_of_another_grid_are_refused(run, capsys):

@@ -1,5 +1,6 @@
 """Labels that are withheld: no training script sees them, whatever they say."""
 
+import re
 import shutil
 
 import nibabel as nib
@@ -68,6 +69,13 @@ def test_no_training_script_sees_the_labels_of_the_other_phase(known, withheld, 
     assert (case.ed if known == "ED" else case.es) not in frames
     columns = read_csv(found[0] / "propagation" / "quality.csv")
     assert {row["source"] for row in columns} - {""} == {known}
+    shown = []
+    for out, data in zip(found, (tiny_data, tmp_path / "spoilt" / "MnM")):
+        run(data, out, scripts=SCRIPTS[3:])
+        page = (out / "evaluation" / "report.html").read_text()
+        assert f"Trained on expert labels of {known} alone, 2 patients, of vendor A, B;" in page
+        shown.append(re.search('id="propagation-data">(.*?)</script>', page)[1])
+    assert shown[0] == shown[1], "the report shows what was propagated, not the expert's withheld label"
 
 
 def test_spoilt_labels_are_noticed_where_they_are_known(tiny_data, tmp_path):
@@ -102,6 +110,10 @@ def test_so_many_patients_keep_their_labels(tiny_data, tmp_path, capsys):
         assert all(torch.equal(one[name], other[name]) for name in one), place
     scores = [read_csv(tmp_path / name / "run" / "evaluation" / "cases.csv") for name in ("right", "spoilt")]
     assert scores[0] == scores[1], "Testing keeps its labels"
+    vendor, other = ("A", "B") if kept == "A0A0A0" else ("B", "A")
+    caption = (tmp_path / "right" / "run" / "evaluation" / "table.md").read_text()
+    assert f"Trained on expert labels of ED and ES, 1 patients, of vendor {vendor};" in caption
+    assert f"| {other} * |" in caption
 
     capsys.readouterr()
     words = ["--data", str(tiny_data), "--out", str(tmp_path / "out"), "--labelled-cases", "3", *TINY.split()]

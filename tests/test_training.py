@@ -187,11 +187,23 @@ def test_max_steps_raised_goes_on_as_if_it_had_been_so_from_the_start(tmp_path, 
 
 @pytest.mark.parametrize("steps", [2, 6])
 def test_a_good_score_where_max_steps_cut_an_epoch_is_forgotten_when_training_goes_on(tmp_path, steps):
-    scores = {2: 0.9, 4: 0.2, 6: 0.9, 8: 0.5}
+    scores = {2: 0.9, 4: 0.2, 6: 0.9, 8: 0.1 * steps}  # in the end the first or the second epoch is best
     for folder, stops in (("whole", [8]), ("parts", [steps, 8])):
         for stop in stops:
             train(tmp_path / folder, Task(scores=scores), max_steps=stop)
     assert_equal_runs(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_the_last_part_of_an_epoch_can_be_the_best(tmp_path):
+    scores = {4: 0.2, 6: 0.9, 8: 0.5}
+    train(tmp_path, Task(scores=scores), max_steps=6)
+    last, best = (read_checkpoint(tmp_path / name, CPU) for name in ("last.pt", "best.pt"))
+    assert best["progress"]["step"] == 6
+    assert last["progress"]["best"] == 0.9
+    train(tmp_path, Task(scores=scores), max_steps=8)
+    assert read_checkpoint(tmp_path / "best.pt", CPU)["progress"]["step"] == 8
+    train(tmp_path / "worse", Task(scores=scores | {6: 0.1}), max_steps=6)
+    assert read_checkpoint(tmp_path / "worse" / "best.pt", CPU)["progress"]["step"] == 4
 
 
 @pytest.mark.parametrize("every", [0, 1e9])
