@@ -8,10 +8,6 @@ All take the same slices and the same loss, mean squared error + 0.01 x diffusio
 """
 
 import contextlib
-import importlib.util
-import inspect
-import sys
-import types
 import warnings
 
 import torch
@@ -31,24 +27,11 @@ from benchmarks.common import (
 )
 from cardiac import losses, networks, propagation
 from cardiac.warp import integrate, resize_displacement, warp
+from experiments.common import voxelmorph_networks
 
 BATCH, SIZES = 16, (128, 192)
 GUIDED = "ours, guided by labels"
 ALIKE = " in our layout" if DEVICE.type == "cpu" else " in our layout and precision"
-
-
-def voxelmorph():
-    """VoxelMorph's module of networks, without the TensorFlow part that its package imports first."""
-    if "voxelmorph" not in sys.modules:
-        package = types.ModuleType("voxelmorph")
-        package.__path__ = importlib.util.find_spec("voxelmorph").submodule_search_locations
-        package.default_unet_features = lambda: [[16, 32, 32, 32], [32, 32, 32, 32, 32, 16, 16]]
-        sys.modules["voxelmorph"] = package
-        if not hasattr(inspect, "getargspec"):  # gone in Python 3.11
-            inspect.getargspec = lambda function: inspect.getfullargspec(function)[:4]
-    warnings.filterwarnings("ignore", message="torch.meshgrid")
-    warnings.filterwarnings("ignore", message="monai.networks.blocks.Warp")
-    return importlib.import_module("voxelmorph.torch.networks")
 
 
 class Ours:
@@ -98,10 +81,12 @@ class Theirs:
 
 
 def vxm_dense(alike=False, **options):
-    return lambda size: Theirs(voxelmorph().VxmDense((size, size), **options), alike, registration=True)
+    network = voxelmorph_networks().VxmDense
+    return lambda size: Theirs(network((size, size), **options), alike, registration=True)
 
 
 def monai(alike=False):
+    warnings.filterwarnings("ignore", "monai.networks.blocks.Warp")
     shape = 2, 2, 32, (16, 32, 32, 32, 32, 32), (16, 16)  # VxmDense's
     return lambda size: Theirs(VoxelMorph(VoxelMorphUNet(*shape), spatial_dims=2), alike)
 
@@ -208,7 +193,7 @@ def label_warp(size, rounds):
     generator = torch.Generator().manual_seed(0)
     coarse = 3 * torch.randn(BATCH, 2, 8, 8, generator=generator)
     field = F.interpolate(coarse, size=(size, size), mode="bicubic").to(DEVICE)
-    transformer = voxelmorph().layers.SpatialTransformer((size, size)).to(DEVICE)
+    transformer = voxelmorph_networks().layers.SpatialTransformer((size, size)).to(DEVICE)
 
     def theirs():
         regions = F.one_hot(labels.long(), 4).permute(0, 3, 1, 2).float()

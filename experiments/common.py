@@ -1,43 +1,68 @@
 """What the experiments share: words, jobs that are not done twice, intervals over patients."""
 
 import argparse
+import importlib.metadata
+import inspect
+import sys
+import types
+import warnings
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 
 from cardiac import phantom
-from cardiac.files import read_csv, write_csv
+from cardiac.files import read_csv, read_json, write_csv, write_json
 
 WORDS = {
-    "seeds": "how many",
-    "folds": "how many",
+    "seeds": "number of seeds",
+    "folds": "number of folds",
     "size": "pixels",
     "spacing": "mm",
     "channels": "of the U-Net's first level; they double",
-    "steps": "of each network",
-    "registration_steps": "of each registration",
-    "steps_per_epoch": "between two validations",
+    "steps": "training steps of each network",
+    "registration_steps": "training steps of each registration",
+    "steps_per_epoch": "steps between two validations",
+    "sweep_steps": "steps of each contestant and learning rate",
+    "every": "steps between two scorings",
+    "turn": "steps a turn",
 }
+GROWING = ("seeds", "patients", "out")  # words that may change while rows stay: where, and how many
 
 
-def arguments(doc, name, data=True, **defaults):
-    """The parser of an experiment with --out, --data (where `data`), and `defaults` for those of WORDS."""
+def arguments(doc, name=None, data=True, **defaults):
+    """The parser of an experiment with --out, --data (where `data`), and `defaults` for those of WORDS.
+
+    name: of the folder of its results; without, --out is the folder of a run that there is.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if data:
-        what = "dataset in the layout of M&Ms or ACDC"
+        what = "dataset in the layout of M&Ms (acdc_folder.py makes one of ACDC)"
         parser.add_argument("--data", type=Path, required=True, help=what)
-    parser.add_argument("--out", type=Path, default=Path("experiments/runs") / name)
+    if name:
+        folder = Path("experiments/runs") / name
+        parser.add_argument("--out", type=Path, default=folder, help=f"of the results (default {folder})")
+    else:
+        parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     for word, default in defaults.items():
         flag, text = f"--{word.replace('_', '-')}", f"{WORDS[word]} (default {default})"
         parser.add_argument(flag, type=type(default), default=default, metavar="N", help=text)
     return parser
 
 
-def results(path, columns, jobs, run):
+def results(path, columns, jobs, run, words, others=()):
     """Rows of the CSV file at `path` that belong to `jobs`, mappings of the columns that name a job.
 
     Of a job that has none yet `run(**job)` gives them, and they are written before the next one begins.
+    words, others: what was typed; rows that were made with other words are refused.
     """
+    typed = {name: str(value) for name, value in vars(words).items() if name not in GROWING}
+    typed["others"], noted = " ".join(others), path.with_suffix(".json")
+    before = read_json(noted) if noted.exists() else typed
+    for name in typed:
+        if before.get(name) != typed[name]:
+            raise SystemExit(f"{path}: made with {name} {before.get(name)}, not {typed[name]}; other --out?")
+    write_json(noted, typed)
     rows, wanted = read_csv(path) if path.exists() else [], []
     for job in jobs:
         name = {column: str(value) for column, value in job.items()}.items()
@@ -53,6 +78,29 @@ def phantom_in(folder):
     if not phantom.is_whole(folder):
         phantom.write_phantom(folder)
     return folder
+
+
+def true_labels(root, code):
+    """The phantom's true labels of a case in every frame: (X, Y, Z, T)."""
+    return np.asarray(nib.load(root / "truth" / f"{code}_sa_gt_all.nii.gz").dataobj)
+
+
+def voxelmorph_networks():
+    """VoxelMorph's `torch.networks` without the package's __init__, which wants neurite and TensorFlow."""
+    if "voxelmorph" not in sys.modules:
+        try:
+            installed = importlib.metadata.distribution("voxelmorph")
+        except importlib.metadata.PackageNotFoundError:
+            raise SystemExit("pip install --no-deps voxelmorph==0.2") from None
+        package = types.ModuleType("voxelmorph")
+        package.__path__ = [str(installed.locate_file("voxelmorph"))]
+        # as in its py/utils.py: encoder, decoder
+        package.default_unet_features = lambda: [[16, 32, 32, 32], [32, 32, 32, 32, 32, 16, 16]]
+        sys.modules["voxelmorph"] = package
+    if not hasattr(inspect, "getargspec"):  # gone since Python 3.11
+        inspect.getargspec = lambda function: inspect.getfullargspec(function)[:4]
+    warnings.filterwarnings("ignore", "torch.meshgrid")
+    return importlib.import_module("voxelmorph.torch.networks")
 
 
 def call(script, *words):
@@ -92,6 +140,12 @@ def by_seed(rows, keep):
     means = patient_means(rows, keep)
     seeds, cases = (sorted(set(names)) for names in zip(*means))
     return np.array([[means.get((seed, case), np.nan) for case in cases] for seed in seeds])
+
+
+def over_seeds(values, form=".3f"):
+    """A mean in words and, where there are several seeds, their standard deviation (n - 1)."""
+    spread = f" ({np.std(values, ddof=1):{form}})" if len(values) > 1 else ""
+    return f"{np.mean(values):{form}}{spread}"
 
 
 def with_interval(values, form):

@@ -1,14 +1,14 @@
 """Propagated labels of one cine beside labels of all its frames: Dice in 3-D over the slices kept.
 
-python propagate_labels.py --data DATA --out OUT --frames all --nifti
-python experiments/compare_frames.py --out OUT --labels ALL_FRAMES.nii.gz --case CODE
+    python propagate_labels.py --data DATA --out OUT --frames all --nifti
+    python experiments/compare_frames.py --out OUT --labels ALL_FRAMES.nii.gz --case CODE
 """
 
-import argparse
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from common import arguments
 
 from cardiac import LABELS
 from cardiac.files import read_csv
@@ -16,12 +16,9 @@ from cardiac.metrics import dice
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser = arguments(__doc__, data=False)
     parser.add_argument("--labels", type=Path, required=True, help="4-D NIfTI on the cine's grid")
-    parser.add_argument("--case", required=True, help="its code")
+    parser.add_argument("--case", required=True, help="code of the case")
     words = parser.parse_args()
     place = words.out / "propagation"
     found = np.asarray(nib.load(place / "nifti" / f"{words.case}_sa_propagated.nii.gz").dataobj)

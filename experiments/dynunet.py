@@ -115,8 +115,11 @@ def main():
     numbers = {"seeds": 1, "size": 112, "spacing": 1.5, "channels": 16, "steps": 800, "steps_per_epoch": 100}
     words, others = arguments(__doc__, "dynunet", **numbers).parse_known_args()
     jobs = [{"seed": seed, "model": model} for seed in range(words.seeds) for model in MODELS]
-    path = words.out / "cases.csv"
-    print_results(results(path, COLUMNS, jobs, lambda **job: run(**job, words=words, others=others)))
+
+    def train(**job):
+        return run(**job, words=words, others=others)
+
+    print_results(results(words.out / "cases.csv", COLUMNS, jobs, train, words, others))
 
 
 if __name__ == "__main__":

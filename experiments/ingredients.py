@@ -11,7 +11,7 @@ OUT/runs.csv already are not made again.
 import re
 
 import numpy as np
-from common import arguments, call, results
+from common import arguments, call, over_seeds, results
 
 import train_registration
 from cardiac import REGIONS
@@ -47,12 +47,6 @@ def scores(folder):
     return found
 
 
-def over_seeds(values):
-    """A mean in words, with the standard deviation over seeds where there are several."""
-    spread = f" ({np.std(values, ddof=1):.3f})" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{spread}"
-
-
 def main():
     parser = arguments(__doc__, "ingredients", seeds=1, size=96, spacing=1.5, steps=2000)
     words = parser.parse_args()
@@ -66,7 +60,7 @@ def main():
         return [{"split": split, **row} for split, row in scores(folder).items()]
 
     jobs = [{"name": name, "seed": seed} for seed in range(words.seeds) for name in RUNS]
-    rows = results(words.out / "runs.csv", COLUMNS, jobs, run)
+    rows = results(words.out / "runs.csv", COLUMNS, jobs, run, words)
     lines = [
         ["registration", "Validation", *(f"Testing {name}" for name in (*REGIONS, "mean")), "folding, %"]
     ]

@@ -9,9 +9,8 @@ seeds, and with differences of a patient's mean Dice, with 95 % intervals over p
 
 import shutil
 
-import nibabel as nib
 import numpy as np
-from common import arguments, by_seed, call, phantom_in, results, with_interval
+from common import arguments, by_seed, call, over_seeds, phantom_in, results, true_labels, with_interval
 
 import propagate_labels
 import train_registration
@@ -53,7 +52,7 @@ def train_and_score(model, out, common, seed, words, cache, recipe):
     device, place = choose_device("auto"), out / f"seed{seed}" / model
     shutil.copytree(out / "registered" / "propagation", place / "propagation", dirs_exist_ok=True)
     if model == "oracle":
-        true_labels(cache).write(place / "propagation" / "labels.h5", "the phantom's truth")
+        oracle_labels(cache).write(place / "propagation" / "labels.h5", "the phantom's truth")
     kind = "original" if model == "original" else "propagated"
     grid = ["--size", words.size, "--spacing", words.spacing, "--channels", words.channels]
     typed = [str(word) for word in (*common, *grid, "--out", place, "--seed", seed)]
@@ -67,11 +66,11 @@ def train_and_score(model, out, common, seed, words, cache, recipe):
     return [row for row, _ in scored]
 
 
-def true_labels(cache):
+def oracle_labels(cache):
     """The true label of every frame but ED and ES of the labelled training cases, as `Propagated` labels."""
     labels, where = [], []
     for case in [case for case in cache.split("Training") if case.labelled]:
-        truth = np.asarray(nib.load(cache.root / "truth" / f"{case.code}_sa_gt_all.nii.gz").dataobj)
+        truth = true_labels(cache.root, case.code)
         slices = case.grid(cache).labels_to_slices(truth.transpose(3, 2, 0, 1))
         for frame in set(range(case.frames)) - {case.ed, case.es}:
             labels += list(slices[frame])
@@ -95,7 +94,7 @@ def print_results(rows, truth):
         own = [row for row in numbers if (row["recipe"], row["model"]) == (recipe, model)]
         tables = [evaluation.table_row(model, [row for row in own if row["seed"] == seed]) for seed in seeds]
         cells = [[table[name] for table in tables] for name in evaluation.TABLE[1:]]
-        lines.append([recipe, model, *(f"{np.mean(cell):.3f} ({np.std(cell):.3f})" for cell in cells)])
+        lines.append([recipe, model, *map(over_seeds, cells)])
     print(f"\n{len(seeds)} seeds; mean (standard deviation over seeds)\n\n{aligned(lines, markdown=True)}\n")
     lines = [["difference", *VENDORS]]
     for better, worse in DIFFERENCES:
@@ -130,7 +129,7 @@ def main():
 
     jobs = [{"seed": seed, "recipe": recipe, "model": model}
             for seed in range(words.seeds) for recipe in RECIPES for model in MODELS]  # fmt: skip
-    print_results(results(words.out / "cases.csv", COLUMNS, jobs, run), truth)
+    print_results(results(words.out / "cases.csv", COLUMNS, jobs, run, words), truth)
 
 
 if __name__ == "__main__":

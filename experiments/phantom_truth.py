@@ -10,15 +10,15 @@ slice's true Dice with its confidence, its place (distance from the middle of th
 area of its label.
 """
 
-import nibabel as nib
 import numpy as np
-from common import arguments, call, phantom_in, results
+from common import arguments, call, over_seeds, phantom_in, results, true_labels
 from scipy.stats import spearmanr
 
 import propagate_labels
 import train_registration
 from cardiac import LABELS, REGIONS
 from cardiac.cache import open_cache
+from cardiac.evaluation import aligned
 from cardiac.files import read_csv
 from cardiac.metrics import dice
 from cardiac.propagation import Propagated
@@ -49,7 +49,7 @@ def score(folder, cache):
     }
     for case in [case for case in cache.split("Training") if case.labelled]:
         labels = propagate_labels.on_own_grid(cache, case, propagated)
-        truth = np.asarray(nib.load(cache.root / "truth" / f"{case.code}_sa_gt_all.nii.gz").dataobj)
+        truth = true_labels(cache.root, case.code)
         shown = np.flatnonzero(truth[..., case.ed].any((0, 1)))
         pixel = case.spacing[0] * case.spacing[1]
         for (code, frame, z), row in quality.items():
@@ -75,7 +75,7 @@ def volume_dice(rows):
             counts = [[int(row[f"{kind}_{region}"]) for region in REGIONS] for kind in ("both", "either")]
             sums[row["case"], row["frame"]] = sums.get((row["case"], row["frame"]), 0) + np.array(counts)
     both, either = np.array(list(sums.values())).transpose(1, 0, 2)
-    return (2 * both / either.clip(1)).mean(0)
+    return np.nanmean(2 * both / np.where(either, either, np.nan), 0)
 
 
 def trust_against_truth(rows):
@@ -110,8 +110,8 @@ def print_results(rows):
 
 def print_table(rows):
     """A table, a row a recipe."""
-    print("\n| recipe | slices | kept | LV | MYO | RV | mean | error of 80 % most trusted | of the rest "
-          "| Spearman: trust | place | area |\n|---" + "|---:" * 11 + "|")  # fmt: skip
+    table = [["recipe", "slices", "kept", *REGIONS, "mean", "error of 80 % most trusted", "of the rest",
+              "Spearman: trust", "place", "area"]]  # fmt: skip
     for recipe in dict.fromkeys(row["recipe"] for row in rows):
         lines = []
         for seed in dict.fromkeys(row["seed"] for row in rows):
@@ -119,9 +119,9 @@ def print_table(rows):
             regions = volume_dice(own)
             kept = sum(row["kept"] == "1" for row in own)
             lines.append([len(own), kept, *regions, np.mean(regions), *trust_against_truth(own)])
-        mean, spread = np.mean(lines, 0), np.std(lines, 0)
-        cells = [f"{m:.0f}" for m in mean[:2]] + [f"{m:.3f} ({s:.3f})" for m, s in zip(mean[2:], spread[2:])]
-        print(f"| {recipe} | " + " | ".join(cells) + " |")
+        columns = list(zip(*lines))
+        table.append([recipe, *(f"{np.mean(c):.0f}" for c in columns[:2]), *map(over_seeds, columns[2:])])
+    print(aligned(table, markdown=True))
 
 
 def main():
@@ -130,7 +130,7 @@ def main():
     data = phantom_in(words.out / "phantom")
     jobs = [{"seed": seed, "recipe": recipe} for seed in range(words.seeds) for recipe in ("paper", "strong")]
     path = words.out / "slices.csv"
-    print_results(results(path, COLUMNS, jobs, lambda **job: run(words.out, data, words, **job)))
+    print_results(results(path, COLUMNS, jobs, lambda **job: run(words.out, data, words, **job), words))
 
 
 if __name__ == "__main__":

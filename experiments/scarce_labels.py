@@ -75,14 +75,14 @@ def print_results(rows):
     for patients in dict.fromkeys(row["patients"] for row in rows):
         own = [row for row in rows if row["patients"] == patients and row["phase"] == "ES"]
         print(f"\nlabelled patients: {patients}; ES, {len({row['case'] for row in own})} test patients\n")
-        print("| model | LV | MYO | RV | mean |\n|---|---:|---:|---:|---:|")
-        means = {}
+        means, lines = {}, [["model", *REGIONS, "mean"]]
         for model in dict.fromkeys(row["model"] for row in own):
             mine = [row for row in own if row["model"] == model]
             means[model] = patient_means(mine, lambda row: True)
             cells = [patient_means(mine, lambda row, r=region: row["region"] == r) for region in REGIONS]
             cells = [np.mean(list(cell.values())) for cell in (*cells, means[model])]
-            print(f"| {model} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
+            lines.append([model, *(f"{cell:.3f}" for cell in cells)])
+        print(evaluation.aligned(lines, markdown=True))
         pairs = (("propagated", "original"), ("bound", "original"), ("bound", "propagated"))
         for better, worse in (pair for pair in pairs if pair[0] in means):
             both = sorted(means[better].keys() & means[worse].keys())
@@ -93,7 +93,8 @@ def print_results(rows):
 def main():
     numbers = {"folds": 5, "size": 96, "spacing": 1.6, "channels": 16, "steps": 500}
     parser = arguments(__doc__, "scarce", **numbers, registration_steps=1000)
-    parser.add_argument("--patients", nargs="+", default=["all"], help="labelled ones: all or a number")
+    what = "numbers of labelled patients to try, or all"
+    parser.add_argument("--patients", nargs="+", default=["all"], help=what)
     parser.add_argument("--recipe", default="strong", choices=("paper", "strong"))
     words = parser.parse_args()
 
@@ -103,8 +104,7 @@ def main():
         return run(data, place / patients, patients, words)
 
     jobs = [{"fold": fold, "patients": n} for fold in range(words.folds) for n in words.patients]
-    rows = results(words.out / "cases.csv", COLUMNS, jobs, train)
-    print_results(rows)
+    print_results(results(words.out / "cases.csv", COLUMNS, jobs, train, words))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,11 @@ apex, how slices fare; and how often the outermost slice that shows a region at 
 cases whose ES labels the registration never saw.
 """
 
-import argparse
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import torch
+from common import arguments
 from scipy.optimize import minimize_scalar
 
 from cardiac import LABELS, propagation, trust
@@ -71,11 +70,7 @@ def likeliest_scale(residual, certainty, right):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="folder of a run with a trained registration")
+    parser = arguments(__doc__)
     parser.add_argument("--split", default="Training", choices=("Training", "Validation", "Testing"))
     words, others = parser.parse_known_args()
     typed = ["--data", str(words.data), "--out", str(words.out), *others]

@@ -20,16 +20,11 @@ Stopped, the same command goes on from the last scoring. Other flags are those o
 """
 
 import dataclasses
-import importlib.metadata
-import inspect
-import sys
 import time
-import types
-import warnings
 
 import numpy as np
 import torch
-from common import arguments
+from common import arguments, over_seeds, voxelmorph_networks
 from scipy.ndimage import distance_transform_edt
 
 from cardiac import LABELS, REGIONS
@@ -49,22 +44,6 @@ from cardiac.warp import jacobian_determinant
 from train_registration import Registration
 
 COLUMNS = ("contestant", "lr", "step", "cpu_seconds", "split", *REGIONS, "mean", "folding_percent")
-
-
-def voxelmorph_networks():
-    """VoxelMorph's `torch.networks` without the package's __init__, which wants neurite and TensorFlow."""
-    try:
-        installed = importlib.metadata.distribution("voxelmorph")
-    except importlib.metadata.PackageNotFoundError:
-        raise SystemExit("pip install --no-deps voxelmorph==0.2") from None
-    package = types.ModuleType("voxelmorph")
-    package.__path__ = [str(installed.locate_file("voxelmorph"))]
-    # as in its py/utils.py: encoder, decoder
-    package.default_unet_features = lambda: [[16, 32, 32, 32], [32, 32, 32, 32, 32, 16, 16]]
-    sys.modules["voxelmorph"] = package
-    if not hasattr(inspect, "getargspec"):  # gone since Python 3.11
-        inspect.getargspec = lambda function: inspect.getfullargspec(function)[:4]
-    return importlib.import_module("voxelmorph.torch.networks")
 
 
 class VoxelMorph(Registration):
@@ -200,10 +179,7 @@ def print_table(contests, until=None):
         shown = np.array([best(entrant, until) for entrant in same])
         rates = dict.fromkeys(f"{entrant.lr:g}" for entrant in same)
         forms = (".0f", ".1f", *[".3f"] * 5, ".4f")
-        cells = [
-            f"{column.mean():{form}}" + (f" ({column.std():{form}})" if len(column) > 1 else "")
-            for column, form in zip(shown.T, forms)
-        ]
+        cells = [over_seeds(column, form) for column, form in zip(shown.T, forms)]
         lines.append([same[0].name, ", ".join(rates), *cells])
     print(f"\nequal {'steps' if until else 'time'}\n\n{aligned(lines, markdown=True)}")
 
@@ -237,17 +213,13 @@ def contest(words, others, seed):
 
 
 def main():
-    parser = arguments(__doc__, "voxelmorph", seeds=3, size=96, spacing=1.5)
-    parser.add_argument("--lrs", type=float, nargs="+", default=[3e-4, 1e-3], help="learning rates")
-    parser.add_argument("--sweep-steps", type=int, default=600, help="of each contestant and learning rate")
-    parser.add_argument("--steps", type=int, default=3000, help="of the slowest contestant")
-    parser.add_argument("--every", type=int, default=200, help="steps between two scorings")
-    parser.add_argument("--turn", type=int, default=50, help="steps a turn")
+    numbers = {"seeds": 3, "size": 96, "spacing": 1.5, "steps": 3000, "sweep_steps": 600}
+    parser = arguments(__doc__, "voxelmorph", **numbers, every=200, turn=50)
+    parser.add_argument("--lrs", type=float, nargs="+", default=[3e-4, 1e-3], help="learning rates swept")
     words, others = parser.parse_known_args()
     if words.every % words.turn or words.sweep_steps % words.every or words.steps % words.every:
         parser.error("--every must be a multiple of --turn; --sweep-steps and --steps multiples of --every")
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", "torch.meshgrid")  # VoxelMorph's
     contests = [contest(words, others, seed) for seed in range(words.seeds)]
     print_table(contests, words.steps)
     print_table(contests)

@@ -1,10 +1,15 @@
 """What the experiments share: jobs that are not done twice, intervals."""
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import write_acdc
+
+from cardiac.cases import load_case
+from cardiac.layouts import read_cases
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
@@ -20,15 +25,18 @@ def test_a_job_that_has_rows_is_not_done_again_and_one_that_failed_is(tmp_path):
             raise KeyboardInterrupt
         return [{"dice": 0.5 + seed}, {"dice": 0.25}]
 
-    jobs, columns = [{"seed": 0}, {"seed": 1}], ("seed", "dice")
+    jobs, columns, words = [{"seed": 0}, {"seed": 1}], ("seed", "dice"), Namespace(seeds=2, steps=500)
     with pytest.raises(KeyboardInterrupt):
-        results(path, columns, jobs, run)
-    rows = results(path, columns, jobs, lambda seed: run(seed, fail=False))
+        results(path, columns, jobs, run, words)
+    rows = results(path, columns, jobs, lambda seed: run(seed, fail=False), words)
     assert called == [0, 1, 1]
     assert [row["seed"] for row in rows] == ["0", "0", "1", "1"]
     assert [float(row["dice"]) for row in rows] == [0.5, 0.25, 1.5, 0.25]
-    assert len(results(path, columns, jobs[:1], run)) == 2, "rows of other jobs stay in the file alone"
-    assert results(path, columns, jobs, run) == rows
+    few = results(path, columns, jobs[:1], run, Namespace(seeds=1, steps=500))
+    assert len(few) == 2, "rows of other jobs stay in the file alone"
+    assert results(path, columns, jobs, run, words) == rows
+    with pytest.raises(SystemExit, match="made with steps 500, not 1000"):
+        results(path, columns, jobs, run, Namespace(seeds=2, steps=1000))
 
 
 def test_an_interval_leaves_out_what_a_repetition_lacks():
@@ -41,3 +49,25 @@ def test_an_interval_leaves_out_what_a_repetition_lacks():
     differences[1, 7] = np.nan
     expected = np.nanmean(differences), low, high
     assert interval(differences, resamples=400) == pytest.approx(expected, abs=0.05)
+
+
+def test_the_folder_of_acdc_holds_what_the_download_has(tmp_path, monkeypatch):
+    import acdc_folder
+
+    data = write_acdc(tmp_path / "download", training=2, testing=0, ed=1, es=3)
+    (tmp_path / "split.csv").write_text(
+        "patient,split,diagnosis\npatient001,Training,NOR\npatient002,Testing,NOR\n"
+    )
+    monkeypatch.setattr(acdc_folder, "PATIENTS", tmp_path / "split.csv")
+    acdc_folder.main(["--data", str(data), "--out", str(tmp_path / "ACDC")])
+    before, after = read_cases(data).good(), read_cases(tmp_path / "ACDC").good()
+    assert [(case.code, case.split, case.ed, case.es) for case in after] == [
+        ("ACDC001", "Training", 0, 1), ("ACDC002", "Testing", 0, 1)
+    ]  # fmt: skip
+    for one, other in zip(before, after):
+        assert other.spacing == pytest.approx(one.spacing)
+        (image, labels, _), (found, maps, _) = load_case(one), load_case(other)
+        np.testing.assert_array_equal(found, image[..., [1, 3]])
+        np.testing.assert_array_equal(np.stack([maps[0], maps[1]]), np.stack([labels[1], labels[3]]))
+    with pytest.raises(SystemExit, match="no patient002"):
+        acdc_folder.main(["--data", str(write_acdc(tmp_path / "less", training=1, testing=1))])
