@@ -23,7 +23,7 @@ COLUMNS = ("External code", "Vendor", "ED", "ES", "Pathology")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="the download: the folder above training/")
     parser.add_argument("--out", type=Path, default=Path("ACDC"), help="folder to write (default: ACDC)")
     words = parser.parse_args(argv)
