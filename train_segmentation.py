@@ -79,7 +79,9 @@ def read_propagated(settings):
         if made_with.get(name, here) != here:
             what = f"{name} is {made_with[name]} there, {here} here"
             raise InputError(f"{path}: {what}; run propagate_labels.py before")
-    if (settings.out / "registration" / "best.pt").exists():
+    trained = settings.out / "segmentation" / "propagated" / "config.json"
+    known = read_json(trained).get("labels") if trained.exists() and not settings.overwrite else None
+    if known != propagated.digest() and (settings.out / "registration" / "best.pt").exists():
         network, _ = load_registration(settings.out, torch.device("cpu"))
         if weights_digest(network) not in made_from(path / "labels.h5"):
             raise InputError(f"{path}: of another registration than OUT's; run propagate_labels.py before")

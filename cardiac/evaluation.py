@@ -123,11 +123,12 @@ class Results:
     def __post_init__(self):
         self.models = list(self.trained)
         self.used = self.trained[self.models[0]]["settings"]  # what a run differs in is not read from here
-        self.learnt_from = []
-        if self.own:
+        training = self.cache.split("Training")
+        if self.own and any(case.labelled for case in training):
             training, *_ = self.cache.training_and_validation(self.used["seed"], say=lambda text: None)
-            self.learnt_from = [case for case in training if case.labelled]
+        self.learnt_from = [case for case in training if case.labelled]
         self.seen = {case.vendor for case in self.learnt_from}  # vendors whose labels were trained on
+        self.unlabelled = {case.vendor for case in training} - self.seen
         self.table = self._table(self.rows, "dice")
         self.table_paper = self._table(self.rows, "paper_dice")
         self.table_largest = self._table(self.largest, "dice") if self.largest else []
@@ -199,9 +200,9 @@ class Results:
         if self.own:
             vendors = ", ".join(sorted(self.seen))
             text += f" Trained on {self.labels}, of vendor {vendors}; * marks the others."
-            unlabelled = {case.vendor for case in self.cache.split("Training")} - self.seen
-            if unlabelled:
-                text += f" The registration saw unlabelled scans of vendor {', '.join(sorted(unlabelled))}."
+            if self.unlabelled:
+                vendors = ", ".join(sorted(self.unlabelled))
+                text += f" The registration saw unlabelled scans of vendor {vendors}."
         else:
             text += " The models were trained on another dataset."
         if self.cache.skipped:

@@ -167,7 +167,7 @@ def _cell(value):
         return ""
     if isinstance(value, float):
         return f"{value:.6f}"
-    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
+    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r", "'"):
         return "'" + value
     return value
 

@@ -121,7 +121,7 @@ def predict_scan(folder, file, network, settings, device):
     found = {"ED": ed, "ES": es, **found}
     if not cavity[ed]:
         found = dict.fromkeys(found)
-    elif len(slices) == 1:  # no heartbeat: what needs ES is not known
+    elif ed == es:  # one frame, or LV in no other: what needs ES is not known
         found = {key: None if re.search("ES|SV|EF", key) else value for key, value in found.items()}
     found |= {"frames": len(slices), "frames_without_LV": int((cavity == 0).sum())}
 

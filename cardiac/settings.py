@@ -203,10 +203,9 @@ def parse(kind, argv, description, own=(), earlier=()):
     words, and a typed one that contradicts it is an InputError (unless --overwrite). earlier: folders of the
     scripts before it, which give size, spacing, seed, recipe and channels in the same way.
     """
-    if earlier:
-        description += "\n\nTaken from the runs in OUT unless typed: " + ", ".join(
-            name.replace("_", "-") for name in SHARED if hasattr(kind, name)
-        )
+    if earlier and description:
+        shared = (name.replace("_", "-") for name in SHARED if hasattr(kind, name))
+        description += f"\n\nTaken from the runs in OUT unless typed: {', '.join(shared)}"
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for item in dataclasses.fields(kind):
         options = dict(item.metadata)

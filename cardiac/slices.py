@@ -37,7 +37,7 @@ class SliceStore:
         place = place or _place(rows * cache.size**2 * 2, device)
         if place == "file":
             self._rows = torch.cat([torch.arange(*each) for each in ranges])
-            self._offset = cache.offset("images")
+            self._offset, self._file = cache.offset("images"), None
         else:
             there = device if place == "device" else "cpu"
             self._images = torch.empty(shape, dtype=torch.float16, device=there)
@@ -76,10 +76,13 @@ class SliceStore:
         return self.labels[-1:].expand(case.slices, -1, -1)
 
     def _from_file(self, rows):
-        path, side = self.cache.path, self.cache.size
-        places = (self._offset + 2 * side**2 * self._rows[rows]).tolist()
-        slices = [np.fromfile(path, np.float16, side**2, offset=place) for place in places]
-        return torch.from_numpy(np.stack(slices)).view(-1, side, side)
+        if self._file is None:  # by the process that reads; kept, since the cache may be built anew beside it
+            self._file = open(self.cache.path, "rb", buffering=0)  # noqa: SIM115
+        slices = np.empty((len(rows), self.cache.size, self.cache.size), np.float16)
+        for slice_, row in zip(slices, self._rows[rows].tolist()):
+            self._file.seek(self._offset + row * slice_.nbytes)
+            self._file.readinto(slice_)
+        return torch.from_numpy(slices)
 
 
 def _read_images(cache, ranges, images):

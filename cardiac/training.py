@@ -104,9 +104,10 @@ class Run:
         progress.rows = [row for row in progress.rows if row["step"] % settings.steps_per_epoch == 0]
         scores = [row["score"] for row in progress.rows if not math.isnan(row["score"])]
         progress.best = max(scores, default=-math.inf)
+        self.meter = Meter(progress, settings.total_steps, settings.batch_size, self.device)
         if parallel.RANK == 0 and (self.folder / BEST_BEFORE).exists():
             os.replace(self.folder / BEST_BEFORE, self.folder / "best.pt")
-        self.meter = Meter(progress, settings.total_steps, settings.batch_size, self.device)
+            self.save()  # killed from here on, what is told of best.pt is true
         return self.meter
 
     def step(self):
@@ -141,7 +142,7 @@ class Run:
             self.meter.restart()
         best = self.folder / "best.pt"
         if scores["score"] > progress.best or not best.exists():  # NaN is neither
-            if parallel.RANK == 0 and not whole and best.exists():
+            if parallel.RANK == 0 and not whole and len(progress.rows) > 1:
                 write_bytes(self.folder / BEST_BEFORE, best.read_bytes())
             progress.best = max(progress.best, scores["score"])
             with self.average.applied():

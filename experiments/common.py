@@ -56,9 +56,12 @@ def results(path, columns, jobs, run, words, others=()):
     Of a job that has none yet `run(**job)` gives them, and they are written before the next one begins.
     words, others: what was typed; rows that were made with other words are refused.
     """
-    typed = {name: str(value) for name, value in vars(words).items() if name not in GROWING}
-    typed["others"], noted = " ".join(others), path.with_suffix(".json")
-    before = read_json(noted) if noted.exists() else typed
+    typed = {name: value for name, value in vars(words).items() if name not in GROWING}
+    typed = {name: str(v.resolve() if isinstance(v, Path) else v) for name, v in typed.items()}
+    typed["others"], noted = " ".join(_that_matter(others)), path.with_suffix(".json")
+    before = {} if path.exists() else typed
+    if path.exists() and noted.exists():
+        before = read_json(noted)
     for name in typed:
         if before.get(name) != typed[name]:
             raise SystemExit(f"{path}: made with {name} {before.get(name)}, not {typed[name]}; other --out?")
@@ -71,6 +74,16 @@ def results(path, columns, jobs, run, words, others=()):
             rows = read_csv(path)
         wanted += [row for row in rows if row.items() >= name]
     return wanted
+
+
+def _that_matter(typed):
+    """The typed words without those that change no row: where and in how many processes."""
+    kept, skip = [], False
+    for word in typed:
+        if not skip and word.partition("=")[0] not in ("--device", "--workers", "--cache"):
+            kept.append(word)
+        skip = not skip and word in ("--device", "--workers", "--cache")
+    return kept
 
 
 def phantom_in(folder):

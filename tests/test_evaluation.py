@@ -385,6 +385,13 @@ def test_ed_and_es_are_the_largest_and_the_smallest_lv(evaluated, tmp_path, monk
     )
     assert again == {**found, "frames_without_LV": 1}
 
+    regions = [regions[4] if t == 4 else np.zeros_like(regions[4]) for t in range(6)]
+    monkeypatch.setattr(predict, "regions_on_own_grid", lambda *_: iter(regions))
+    again = predict.predict_scan(
+        tmp_path / "out", tmp_path / "scan.nii.gz", None, settings, torch.device("cpu")
+    )
+    assert again["ES"] is again["LV_EF_percent"] is None, "LV in one frame alone tells nothing of ES"
+
 
 def test_predict_goes_on_with_the_scan_at_which_it_was_killed(run, monkeypatch):
     done, predict_scan = [], predict.predict_scan

@@ -35,8 +35,11 @@ def test_a_job_that_has_rows_is_not_done_again_and_one_that_failed_is(tmp_path):
     few = results(path, columns, jobs[:1], run, Namespace(seeds=1, steps=500))
     assert len(few) == 2, "rows of other jobs stay in the file alone"
     assert results(path, columns, jobs, run, words) == rows
+    assert results(path, columns, jobs, run, words, ["--device", "cpu", "--workers=2"]) == rows
     with pytest.raises(SystemExit, match="made with steps 500, not 1000"):
         results(path, columns, jobs, run, Namespace(seeds=2, steps=1000))
+    with pytest.raises(SystemExit, match="made with others , not --lr 1"):
+        results(path, columns, jobs, run, words, ["--lr", "1"])
 
 
 def test_an_interval_leaves_out_what_a_repetition_lacks():

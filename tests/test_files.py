@@ -88,7 +88,7 @@ def test_csv_there_and_back(tmp_path):
     assert b"\r" not in (tmp_path / "a.csv").read_bytes()
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\tx"])
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\tx", "'A1"])
 def test_a_text_is_never_a_formula(tmp_path, text):
     write_csv(tmp_path / "t.csv", ["text"], [{"text": text}])
     assert read_csv(tmp_path / "t.csv") == [{"text": text}]

@@ -19,6 +19,7 @@ from datasets import MMS_CASES, SPACING, Tiny, heart, write_mms, write_nifti, wr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import evaluate
 import propagate_labels
 import train_registration
 import train_segmentation
@@ -438,6 +439,8 @@ def test_labels_of_a_case_that_has_changed_are_made_anew(run, tmp_path):
 def test_labels_of_another_registration_are_refused(run, capsys):
     words, out = run
     words += ["--cache", str(out / "cache")]
+    assert train_registration.main([*words, "--max-steps", "5"]) == 0
+    assert train_segmentation.main([*words, "--max-steps", "5"]) == 0, "what has begun with them goes on"
     assert train_registration.main([*words, *SHORT, "--lr", "0.002", "--overwrite"]) == 0
     assert train_segmentation.main([*words, "--overwrite"]) == 2
     assert "of another registration than OUT's; run propagate_labels.py" in capsys.readouterr().err
@@ -489,6 +492,11 @@ def test_without_validation_the_patient_held_out_may_be_the_only_one_of_a_vendor
     (row, *_) = rows_of(tmp_path / "run" / "segmentation" / "original" / "log.csv")
     assert float(row["val_dice_LV"]) >= 0
     assert "unseen_dice" not in row
+    assert evaluate.main([*words[:4], "--split", "Training", "--workers", "1"]) == 0
+    caption = (tmp_path / "run" / "evaluation" / "table.md").read_text()
+    assert "TRAINED ON 1 OF THESE CASES. Cases that validation used" in caption
+    assert "1 patients, of vendor" in caption
+    assert "unlabelled" not in caption
 
 
 def test_without_validation_the_held_out_patient_gives_no_labels_to_training(tmp_path, capsys):

@@ -146,6 +146,17 @@ def test_every_placement_gives_the_same_batches(cache, place):
         assert all(torch.equal(a, b) for a, b in zip(one, other))
 
 
+def test_a_cache_that_is_built_anew_does_not_change_what_a_run_reads(cache):
+    store = SliceStore(cache, CASES, CPU, place="file")
+    rows = torch.tensor([3, 0, 7])
+    before = store.images(rows)
+    other = cache.path.with_name("other.h5")
+    with h5py.File(other, "w") as file:
+        file["images"] = np.zeros((40, SIDE, SIDE), np.float16)
+    other.replace(cache.path)
+    assert torch.equal(store.images(rows), before)
+
+
 def test_slices_go_where_they_fit(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
     cuda = torch.device("cuda")

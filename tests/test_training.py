@@ -200,6 +200,10 @@ def test_the_last_part_of_an_epoch_can_be_the_best(tmp_path):
     last, best = (read_checkpoint(tmp_path / name, CPU) for name in ("last.pt", "best.pt"))
     assert best["progress"]["step"] == 6
     assert last["progress"]["best"] == 0.9
+    with pytest.raises(Killed):
+        train(tmp_path, Task({6: killed}, scores=scores), max_steps=8)
+    last, best = (read_checkpoint(tmp_path / name, CPU) for name in ("last.pt", "best.pt"))
+    assert (best["progress"]["step"], last["progress"]["best"]) == (4, 0.2), "one tells of the other"
     train(tmp_path, Task(scores=scores), max_steps=8)
     assert read_checkpoint(tmp_path / "best.pt", CPU)["progress"]["step"] == 8
     train(tmp_path / "worse", Task(scores=scores | {6: 0.1}), max_steps=6)
