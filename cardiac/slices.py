@@ -39,9 +39,7 @@ class SliceStore:
             self._rows = torch.cat([torch.arange(*each) for each in ranges])
             self._offset, self._file = cache.offset("images"), None
         else:
-            there = device if place == "device" else "cpu"
-            self._images = torch.empty(shape, dtype=torch.float16, device=there)
-            _read_images(cache, ranges, self._images)
+            self._images = _read_images(cache, ranges, shape, device if place == "device" else None)
         self.place = place
         labels = np.full((sum(b - a for a, b in label_ranges) + 1, *shape[1:]), IGNORED, np.uint8)
         cache.read("labels", label_ranges, labels)
@@ -85,15 +83,21 @@ class SliceStore:
         return torch.from_numpy(slices)
 
 
-def _read_images(cache, ranges, images):
-    """Read these rows of a cache into a tensor, case by case onto a card: the host may have less memory."""
-    if not images.is_cuda:
-        cache.read("images", ranges, images.numpy())
-        return
+def _read_images(cache, ranges, shape, device):
+    """These rows of a cache as a tensor on the device (None: in host memory).
+
+    Case by case onto a card: the host may have less memory.
+    """
+    if device is None or device.type == "cpu":
+        read = np.empty(shape, np.float16)  # in large pages, where the system has them: torch's are small
+        cache.read("images", ranges, read)
+        return torch.from_numpy(read)
+    images = torch.empty(shape, dtype=torch.float16, device=device)
     for rows, part in zip(ranges, images.split([stop - start for start, stop in ranges])):
         read = np.empty(part.shape, np.float16)
         cache.read("images", [rows], read)
         part.copy_(torch.from_numpy(read))
+    return images
 
 
 def _rebase(cases):
