@@ -170,7 +170,8 @@ class Results:
         """The expert labels that were trained on, in words."""
         known = self.used.get("labelled_phases", "both")
         text = "expert labels of ED and ES" if known == "both" else f"expert labels of {known} alone"
-        return f"{text}, {len(self.learnt_from)} patients" if self.own else text
+        count = len(self.learnt_from)
+        return f"{text}, {count} patient{'s' * (count != 1)}" if self.own else text
 
     def starred(self, name):
         """The name of a column, with a * for vendors whose labels were not trained on."""

@@ -495,7 +495,7 @@ def test_without_validation_the_patient_held_out_may_be_the_only_one_of_a_vendor
     assert evaluate.main([*words[:4], "--split", "Training", "--workers", "1"]) == 0
     caption = (tmp_path / "run" / "evaluation" / "table.md").read_text()
     assert "TRAINED ON 1 OF THESE CASES. Cases that validation used" in caption
-    assert "1 patients, of vendor" in caption
+    assert "1 patient, of vendor" in caption
     assert "unlabelled" not in caption
 
 

@@ -112,7 +112,7 @@ def test_so_many_patients_keep_their_labels(tiny_data, tmp_path, capsys):
     assert scores[0] == scores[1], "Testing keeps its labels"
     vendor, other = ("A", "B") if kept == "A0A0A0" else ("B", "A")
     caption = (tmp_path / "right" / "run" / "evaluation" / "table.md").read_text()
-    assert f"Trained on expert labels of ED and ES, 1 patients, of vendor {vendor};" in caption
+    assert f"Trained on expert labels of ED and ES, 1 patient, of vendor {vendor};" in caption
     assert f"| {other} * |" in caption
 
     capsys.readouterr()
