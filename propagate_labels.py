@@ -72,7 +72,7 @@ def propagate(network, cache, cases, settings, device, parts=UNKEPT):
     gains = [result["gain"] for result in found if result["gain"]]
     if gains:
         before, after = np.mean(gains, axis=0)
-        print(f"ED's label carried to ES, {len(gains)} patients: Dice {after:.3f}, identity {before:.3f}")
+        print(f"ED's label carried to ES, mean of {len(gains)}: Dice {after:.3f}, identity {before:.3f}")
     rows = [row for result in found for row in result["rows"]]
     kept = [row for row in rows if row["kept"]]
     confidence = np.array([row["confidence"] for row in kept], np.float32)
