@@ -45,10 +45,11 @@ def main(argv):
     trained = {}
     for model, (_, progress) in models.items():
         config = read_json(settings.out / "segmentation" / model / "config.json")
+        config["settings"] = KNOWN | config["settings"]
         trained[model] = {"steps": progress.step, "best": progress.best, **config}
     own = dataset_identity(cache.cases) in [run["dataset"] for run in trained.values()]
     if own:  # scored on all labels, but shown as training knew them
-        cache = withhold(cache, KNOWN | trained[list(models)[0]]["settings"])
+        cache = withhold(cache, trained[list(models)[0]]["settings"])
     place = "evaluation" if own else f"evaluation/{safe_name(cache.name)}"
     with run_folder(settings, place, cache.cases) as folder:
         words = {name: getattr(settings, name) for name in ("split", *SCORED_BY)}

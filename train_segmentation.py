@@ -79,11 +79,9 @@ def read_propagated(settings):
         if made_with.get(name, here) != here:
             what = f"{name} is {made_with[name]} there, {here} here"
             raise InputError(f"{path}: {what}; run propagate_labels.py before")
-    trained = settings.out / "segmentation" / "propagated" / "config.json"
-    known = read_json(trained).get("labels") if trained.exists() and not settings.overwrite else None
-    if known != propagated.digest() and (settings.out / "registration" / "best.pt").exists():
+    if (settings.out / "registration" / "best.pt").exists():
         network, _ = load_registration(settings.out, torch.device("cpu"))
-        if weights_digest(network) not in made_from(path / "labels.h5"):
+        if weights_digest(network) not in made_from(path / "labels.h5") and not begun(settings, propagated):
             raise InputError(f"{path}: of another registration than OUT's; run propagate_labels.py before")
     if len(propagated.labels):
         return propagated
@@ -92,6 +90,13 @@ def read_propagated(settings):
         raise InputError(f"{path}: {reason}; use --labels original")
     print(f"{reason}; training `original` alone")
     return None
+
+
+def begun(settings, propagated):
+    """Whether OUT holds a training on these very labels, to be gone on with."""
+    config = settings.out / "segmentation" / "propagated" / "config.json"
+    known = config.exists() and not settings.overwrite
+    return known and read_json(config).get("labels") == propagated.digest()
 
 
 @script

@@ -81,7 +81,7 @@ def score_against_truth(settings):
     for case in [case for case in cache.split("Training") if case.labelled]:
         frames = propagated.of(case)
         labels = propagate_labels.on_own_grid(cache, case, propagated)
-        truth = np.asarray(nib.load(cache.root / "truth" / f"{case.code}_sa_gt_all.nii.gz").dataobj)
+        truth = phantom.true_labels(cache.root, case.code)
         moved = np.asarray(nib.load(cache.root / "truth" / f"{case.code}_displacement.nii.gz").dataobj)
         store = SliceStore(cache, [case], device)
         (local,) = store.cases

@@ -168,7 +168,7 @@ class Results:
     @property
     def labels(self):
         """The expert labels that were trained on, in words."""
-        known = self.used.get("labelled_phases", "both")
+        known = self.used["labelled_phases"]
         text = "expert labels of ED and ES" if known == "both" else f"expert labels of {known} alone"
         count = len(self.learnt_from)
         return f"{text}, {count} patient{'s' * (count != 1)}" if self.own else text

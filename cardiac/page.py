@@ -17,12 +17,11 @@ from PIL import Image
 
 from cardiac import LABELS, REGIONS
 from cardiac.cases import VENDORS, load_case
-from cardiac.evaluation import FAILURE, mean, number, p_text, prediction_path
+from cardiac.evaluation import FAILURE, mean, number, p_text
 from cardiac.files import write_text
-from cardiac.nifti import read_label_values
 from cardiac.preprocessing import intensity_window
 from cardiac.propagation import Propagated
-from cardiac.report import COLOURS, heart_box, labelled_cine, median_case
+from cardiac.report import COLOURS, heart_box, labelled_cine, median_case, read_prediction
 
 PAIRED = "Difference of a patient's mean Dice; bootstrap over patients; p not corrected for so many rows."
 
@@ -170,7 +169,7 @@ def _case_view(folder, results, case, why, all_frames):
     frames = list(range(case.frames)) if all_frames else list(phases)
     sources = {"expert": experts}
     for model in results.models:
-        prediction = read_label_values(prediction_path(folder / "predictions" / model, case.code))
+        prediction = read_prediction(folder, model, case.code)
         sources[model] = {frame: prediction[..., frame] for frame in frames}
     images, names, notes = {}, {}, {}
     for frame in frames:

@@ -162,6 +162,11 @@ def make_case(rng, vendor, frames=12, slices=None, size=128):
             "pathology": pathology, "affine": affine, "zooms": (*zooms.tolist(), seconds)}
 
 
+def true_labels(root, code):
+    """The true labels of a case of the phantom at `root`, in every frame: (X, Y, Z, T) uint8."""
+    return np.asarray(nib.load(root / "truth" / f"{code}_sa_gt_all.nii.gz").dataobj)
+
+
 def is_whole(root):
     """Whether there is a phantom at `root`, written to its end."""
     return (root / CSV_NAME).exists()

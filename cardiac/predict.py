@@ -98,7 +98,7 @@ def predict_scan(folder, file, network, settings, device):
     """Segment one scan and write its mask, volumes.csv and volumes.png to `folder`.
 
     Returns ED and ES (frames of the largest and the smallest LV that was found, zero-based) and
-    `heart_function`; None for what a scan of one frame does not tell. Slices are made exactly as for the
+    `heart_function`; None for what LV in one frame alone does not tell. Slices are made exactly as for the
     cache.
     """
     header, image = read_header(file, (3, 4)), read_image(file, (3, 4))

@@ -237,8 +237,10 @@ def propagate_interval(network, store, start, end, frames, trusted):
         sources = {phase: sourced}
     parts = (torch.where(sourced, each, torch.nan).cpu().numpy() for each in (confidence, folding))
     masks = [(phase, mask.tolist()) for phase, mask in sources.items()]
-    places = range(len(frames)), range(case.slices)
-    named = [["+".join(p for p, mask in masks if mask[f][z]) for z in places[1]] for f in places[0]]
+    named = [
+        ["+".join(phase for phase, mask in masks if mask[f][z]) for z in range(case.slices)]
+        for f in range(len(frames))
+    ]
     certainty = (255 * certainty).round().to(torch.uint8)
     return Result(labels.cpu().numpy(), certainty.cpu().numpy(), *parts, named, fault)
 
@@ -309,6 +311,6 @@ def _score_own_grid(source, target, warped, spacing, determinant):
     before, after = score_case(source, target, spacing), score_case(warped, target, spacing)
     found = {}
     for region in REGIONS:
-        pairs = ((before[region][name], after[region][name]) for name in ("dice", "hd95_mm"))
-        found[region] = dict(zip(QUALITY[4:], (*next(pairs), *next(pairs), folding, spread)))
+        scores = [each[region][name] for name in ("dice", "hd95_mm") for each in (before, after)]
+        found[region] = dict(zip(QUALITY[4:], (*scores, folding, spread)))
     return found

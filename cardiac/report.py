@@ -194,7 +194,7 @@ def draw_overlays(folder, results):
         figure = Figure((2.1 * 6, 2.35 * len(ranks) + 0.3), layout="constrained")
         for line, (rank, code) in zip(figure.subplots(len(ranks), 6, squeeze=False), ranks.items()):
             case, (image, experts, _) = known[code], load_case(known[code])
-            prediction = read_label_values(prediction_path(folder / "predictions" / model, code))
+            prediction = read_prediction(folder, model, code)
             labels = np.stack([*experts.values(), prediction[..., case.ed], prediction[..., case.es]], -1)
             box = heart_box(labels, case.spacing)
             look = {"vmax": np.percentile(image, 99), "aspect": case.spacing[1] / case.spacing[0]}
@@ -211,6 +211,11 @@ def draw_overlays(folder, results):
         handles = [Line2D([], [], label=label, **style) for label, style in lines.items()]
         figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
         save_figure(figure, folder / f"overlays_{model}.png")
+
+
+def read_prediction(folder, model, code):
+    """The prediction (X, Y, Z, T) uint8 of a case below the evaluation's folder."""
+    return read_label_values(prediction_path(folder / "predictions" / model, code))
 
 
 def _draw_grid(axes, displacement, every=5):

@@ -203,30 +203,8 @@ def parse(kind, argv, description, own=(), earlier=()):
     words, and a typed one that contradicts it is an InputError (unless --overwrite). earlier: folders of the
     scripts before it, which give size, spacing, seed, recipe and channels in the same way.
     """
-    if earlier and description:
-        shared = (name.replace("_", "-") for name in SHARED if hasattr(kind, name))
-        description += f"\n\nTaken from the runs in OUT unless typed: {', '.join(shared)}"
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for item in dataclasses.fields(kind):
-        options = dict(item.metadata)
-        text = options.pop("help").replace("%", "%%")
-        flag = "--" + item.name.replace("_", "-")
-        if item.type is bool:
-            text += f" (default: off{'; strong: on' if kind.STRONG.get(item.name) else ''})"
-            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
-            continue
-        if item.default not in (None, ()):
-            strong = f"; strong: {kind.STRONG[item.name]}" if item.name in kind.STRONG else ""
-            text += f" (default: {item.default}{strong})"
-        elif not (options.get("required") or "default:" in text):
-            text += " (default: none)"
-        if "choices" not in options:
-            options.setdefault("metavar", item.type.__name__.upper())
-        options.setdefault("type", item.type)
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **options)
-    typed = vars(parser.parse_args(argv))
+    typed = vars(_command_line(kind, description, earlier).parse_args(argv))
     settings = kind(**typed)
-
     known = dict.fromkeys(typed, "")  # name: the folder that gave its value
     written = [folder for folder in own if settings.writes(folder)]
     plain = {item.name: item.default for item in dataclasses.fields(kind)}
@@ -258,6 +236,32 @@ def parse(kind, argv, description, own=(), earlier=()):
         if not (place.is_dir() and os.access(place, os.W_OK)):
             raise InputError(f"{flag} {folder}: {place} is not a folder that can be written to")
     return settings
+
+
+def _command_line(kind, description, earlier):
+    """The parser made from the fields of `kind`. What is not typed leaves no trace in what it gives."""
+    if earlier and description:
+        shared = (name.replace("_", "-") for name in SHARED if hasattr(kind, name))
+        description += f"\n\nTaken from the runs in OUT unless typed: {', '.join(shared)}"
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for item in dataclasses.fields(kind):
+        options = dict(item.metadata)
+        text = options.pop("help").replace("%", "%%")
+        flag = "--" + item.name.replace("_", "-")
+        if item.type is bool:
+            text += f" (default: off{'; strong: on' if kind.STRONG.get(item.name) else ''})"
+            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+            continue
+        if item.default not in (None, ()):
+            strong = f"; strong: {kind.STRONG[item.name]}" if item.name in kind.STRONG else ""
+            text += f" (default: {item.default}{strong})"
+        elif not (options.get("required") or "default:" in text):
+            text += " (default: none)"
+        if "choices" not in options:
+            options.setdefault("metavar", item.type.__name__.upper())
+        options.setdefault("type", item.type)
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **options)
+    return parser
 
 
 def _stored(folder):

@@ -8,7 +8,6 @@ import types
 import warnings
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 
 from cardiac import phantom
@@ -58,10 +57,13 @@ def results(path, columns, jobs, run, words, others=()):
     """
     typed = {name: value for name, value in vars(words).items() if name not in GROWING}
     typed = {name: str(v.resolve() if isinstance(v, Path) else v) for name, v in typed.items()}
-    typed["others"], noted = " ".join(_that_matter(others)), path.with_suffix(".json")
-    before = {} if path.exists() else typed
-    if path.exists() and noted.exists():
-        before = read_json(noted)
+    elsewhere = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--device", "--workers", "--cache"):  # where and in how many processes: changes no row
+        elsewhere.add_argument(flag)
+    typed["others"], noted = " ".join(elsewhere.parse_known_args(others)[1]), path.with_suffix(".json")
+    before = typed
+    if path.exists():
+        before = read_json(noted) if noted.exists() else {}
     for name in typed:
         if before.get(name) != typed[name]:
             raise SystemExit(f"{path}: made with {name} {before.get(name)}, not {typed[name]}; other --out?")
@@ -76,26 +78,11 @@ def results(path, columns, jobs, run, words, others=()):
     return wanted
 
 
-def _that_matter(typed):
-    """The typed words without those that change no row: where and in how many processes."""
-    kept, skip = [], False
-    for word in typed:
-        if not skip and word.partition("=")[0] not in ("--device", "--workers", "--cache"):
-            kept.append(word)
-        skip = not skip and word in ("--device", "--workers", "--cache")
-    return kept
-
-
 def phantom_in(folder):
     """The phantom dataset in a folder, written where there is none."""
     if not phantom.is_whole(folder):
         phantom.write_phantom(folder)
     return folder
-
-
-def true_labels(root, code):
-    """The phantom's true labels of a case in every frame: (X, Y, Z, T)."""
-    return np.asarray(nib.load(root / "truth" / f"{code}_sa_gt_all.nii.gz").dataobj)
 
 
 def voxelmorph_networks():

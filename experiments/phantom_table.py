@@ -10,7 +10,7 @@ seeds, and with differences of a patient's mean Dice, with 95 % intervals over p
 import shutil
 
 import numpy as np
-from common import arguments, by_seed, call, over_seeds, phantom_in, results, true_labels, with_interval
+from common import arguments, by_seed, call, over_seeds, phantom_in, results, with_interval
 
 import propagate_labels
 import train_registration
@@ -20,6 +20,7 @@ from cardiac.cache import open_cache
 from cardiac.checkpoint import load_network
 from cardiac.evaluation import aligned
 from cardiac.networks import Mirrored, SegmentationNetwork
+from cardiac.phantom import true_labels
 from cardiac.propagation import Propagated
 from cardiac.run import choose_device
 from cardiac.settings import EvaluationSettings, PropagationSettings, parse

@@ -11,7 +11,7 @@ area of its label.
 """
 
 import numpy as np
-from common import arguments, call, over_seeds, phantom_in, results, true_labels
+from common import arguments, call, over_seeds, phantom_in, results
 from scipy.stats import spearmanr
 
 import propagate_labels
@@ -21,6 +21,7 @@ from cardiac.cache import open_cache
 from cardiac.evaluation import aligned
 from cardiac.files import read_csv
 from cardiac.metrics import dice
+from cardiac.phantom import true_labels
 from cardiac.propagation import Propagated
 from cardiac.settings import PropagationSettings, parse
 
