@@ -20,7 +20,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from cardiac.cache import Cache, CachedCase
+from cardiac.cache import Cache, CachedCase, SliceFile
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -174,7 +174,7 @@ def cache_of(path, cases, frames, slices, size, empty=False):
     known["shape"] = (size, size, slices, frames)
     places = ({"code": f"C{k}", "first": k * count, "first_label": k * 2 * slices} for k in range(cases))
     made_up = tuple(CachedCase(**{**known, **place}) for place in places)
-    return Cache(Path(path), Path(path).parent, "made up", size, 1.25, made_up)
+    return Cache(SliceFile(path), Path(path).parent, "made up", size, 1.25, made_up)
 
 
 def write_dataset(root, cases, shape, spacing=(1.4, 1.4, 9.0)):

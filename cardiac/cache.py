@@ -11,8 +11,9 @@ Layout of the file, which is rebuilt whenever it does not fit what is asked for:
 """
 
 import json
+import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import h5py
@@ -81,17 +82,49 @@ class CachedCase(Case):
         return Grid(self.shape[:2], self.spacing[:2], cache.size, cache.spacing, self.crop_centre)
 
 
+class SliceFile:
+    """The file of a cache, held open: what is read stays the same when another run builds a cache of other
+    slices in its place.
+
+    Another process (`parallel.from_first`) opens it for itself: InputError where it is no longer that file.
+    """
+
+    def __init__(self, path, inode=None):
+        self.path, self._bytes = path, open(path, "rb")  # noqa: SIM115
+        self.inode = os.fstat(self._bytes.fileno()).st_ino
+        if self.inode != (inode or self.inode):
+            raise InputError(f"{path}: another run has just built it anew; start again")
+        with h5py.File(self._bytes) as file:
+            self._offsets = {name: file[name].id.get_offset() for name in ("images", "labels")}
+
+    def __reduce__(self):
+        return SliceFile, (self.path, self.inode)
+
+    def read(self, dataset, row_ranges, out):
+        """Read ranges [(start, stop), ...] of "images" or "labels" one after the other into `out`."""
+        offset, position = self._offsets[dataset], 0
+        for start, stop in row_ranges:  # plain reads: HDF5 takes half as long again
+            self._bytes.seek(offset + start * out[0].nbytes)
+            self._bytes.readinto(out[position : position + stop - start])
+            position += stop - start
+
+
 @dataclass(frozen=True)
 class Cache:
-    """A slice cache on disk. It holds no open file, so it can be handed to another process."""
+    """A slice cache on disk."""
 
-    path: Path
+    file: SliceFile = field(compare=False)
     root: Path  # of the dataset
     name: str
     size: int
     spacing: float  # mm
     cases: tuple  # of CachedCase
     skipped: tuple = ()  # why cases were left out with --skip-bad, a line each
+
+    @property
+    def path(self):
+        """Of the file."""
+        return self.file.path
 
     def split(self, *names):
         """The cases of these splits."""
@@ -124,20 +157,6 @@ class Cache:
             + ", ".join(case.code for case in validation))  # fmt: skip
         return [case for case in training if case not in validation], validation, unseen
 
-    def read(self, dataset, row_ranges, out):
-        """Read ranges [(start, stop), ...] of "images" or "labels" one after the other into `out`."""
-        offset, position = self.offset(dataset), 0
-        with open(self.path, "rb") as file:  # plain reads: HDF5 takes half as long again
-            for start, stop in row_ranges:
-                file.seek(offset + start * out[0].nbytes)
-                file.readinto(out[position : position + stop - start])
-                position += stop - start
-
-    def offset(self, dataset):
-        """Where "images" or "labels" begins in the file, bytes: row by row from there, without HDF5."""
-        with h5py.File(self.path) as file:
-            return file[dataset].id.get_offset()
-
 
 def open_cache(settings):
     """The cache of the dataset `settings.data`, built or rebuilt where it must be. Raises InputError."""
@@ -155,16 +174,17 @@ def open_cache(settings):
             print(f"cache: building {path}: {reason}", flush=True)
             build(path, folder, dataset, wanted, settings)
         shutil.rmtree(folder, ignore_errors=True)
+        file = SliceFile(path)
+        with h5py.File(path) as content:
+            places = json.loads(content["cases"][()])
+            skipped = (*dataset.problems, *json.loads(content["skipped"][()]))
     for warning in dataset.warnings:
         print(f"warning: {warning}")
-    with h5py.File(path) as file:
-        places = json.loads(file["cases"][()])
-        skipped = (*dataset.problems, *json.loads(file["skipped"][()]))
     if skipped and not settings.skip_bad:
         raise refusal(skipped, settings.data)
     known = {case.code: case for case in cases}
     cached = tuple(CachedCase(**vars(known[place.pop("code")]), **place) for place in places)
-    cache = Cache(path, dataset.root, dataset.name, settings.size, settings.spacing, cached, skipped)
+    cache = Cache(file, dataset.root, dataset.name, settings.size, settings.spacing, cached, skipped)
     _report(cache)
     return withhold(cache, vars(settings)) if hasattr(settings, "labelled_phases") else cache
 

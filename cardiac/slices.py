@@ -37,12 +37,11 @@ class SliceStore:
         place = place or _place(rows * cache.size**2 * 2, device)
         if place == "file":
             self._rows = torch.cat([torch.arange(*each) for each in ranges])
-            self._offset, self._file = cache.offset("images"), None
         else:
             self._images = _read_images(cache, ranges, shape, device if place == "device" else None)
         self.place = place
         labels = np.full((sum(b - a for a, b in label_ranges) + 1, *shape[1:]), IGNORED, np.uint8)
-        cache.read("labels", label_ranges, labels)
+        cache.file.read("labels", label_ranges, labels)
         self.labels = torch.from_numpy(labels).to(device)
         self.cases = _rebase(cases)
         if what:
@@ -74,12 +73,8 @@ class SliceStore:
         return self.labels[-1:].expand(case.slices, -1, -1)
 
     def _from_file(self, rows):
-        if self._file is None:  # by the process that reads; kept, since the cache may be built anew beside it
-            self._file = open(self.cache.path, "rb", buffering=0)  # noqa: SIM115
         slices = np.empty((len(rows), self.cache.size, self.cache.size), np.float16)
-        for slice_, row in zip(slices, self._rows[rows].tolist()):
-            self._file.seek(self._offset + row * slice_.nbytes)
-            self._file.readinto(slice_)
+        self.cache.file.read("images", ((row, row + 1) for row in self._rows[rows].tolist()), slices)
         return torch.from_numpy(slices)
 
 
@@ -90,12 +85,12 @@ def _read_images(cache, ranges, shape, device):
     """
     if device is None or device.type == "cpu":
         read = np.empty(shape, np.float16)  # in large pages, where the system has them: torch's are small
-        cache.read("images", ranges, read)
+        cache.file.read("images", ranges, read)
         return torch.from_numpy(read)
     images = torch.empty(shape, dtype=torch.float16, device=device)
     for rows, part in zip(ranges, images.split([stop - start for start, stop in ranges])):
         read = np.empty(part.shape, np.float16)
-        cache.read("images", [rows], read)
+        cache.file.read("images", [rows], read)
         part.copy_(torch.from_numpy(read))
     return images
 

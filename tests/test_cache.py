@@ -206,7 +206,7 @@ def test_skip_bad_goes_on_without_the_case_and_says_so(data, tmp_path, capsys):
         assert [case.code for case in cache.cases] == ["A0A0A0", "C0C0C0"]
         assert any("skipped: B0B0B0" in line for line in capsys.readouterr().out.splitlines())
     images, last = np.zeros((15, 32, 32), np.float16), cache.cases[1]
-    cache.read("images", [(last.first, last.first + 15)], images)  # no hole where the other would have been
+    cache.file.read("images", [(last.first, last.first + 15)], images)  # no hole where the other was
     assert images.std() > 0.1
     with pytest.raises(InputError, match="B0B0B0"):
         open_cache(asked(data, tmp_path))
@@ -271,7 +271,26 @@ def test_labelled_pixels_outside_the_crop_are_counted_and_warned_of(data, tmp_pa
 
 def test_a_cache_can_be_handed_to_another_process(data, tmp_path):
     cache = open_cache(asked(data, tmp_path))
-    assert pickle.loads(pickle.dumps(cache)) == cache
+    handed = pickle.loads(pickle.dumps(cache))
+    assert handed == cache
+    np.testing.assert_array_equal(first_slices(handed), first_slices(cache))
+
+
+def first_slices(cache):
+    found = np.zeros((3, cache.size, cache.size), np.float16)
+    cache.file.read("images", [(0, 3)], found)
+    return found
+
+
+@pytest.mark.parametrize("other", [{"size": 48}, {"crop": "motion"}])
+def test_a_run_keeps_its_slices_when_another_builds_other_ones(data, tmp_path, other):
+    cache = open_cache(asked(data, tmp_path))
+    before, pickled = first_slices(cache), pickle.dumps(cache)
+    later = open_cache(asked(data, tmp_path, **other))
+    assert later.path == cache.path and not np.array_equal(first_slices(later), before)
+    np.testing.assert_array_equal(first_slices(cache), before)
+    with pytest.raises(InputError, match="MnM.h5: another run has just built it anew"):
+        pickle.loads(pickled)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
@@ -296,12 +315,12 @@ def test_what_is_read_from_the_cache_is_the_case_on_its_slices(
         slices, grid = to_slices(image, case.spacing, size, target, crop)
         assert case.grid(cache) == dataclasses.replace(grid, centre=grid.centre and list(grid.centre))
         found = np.zeros((case.slices * case.frames, size, size), np.float16)
-        cache.read("images", [(case.first, case.first + len(found))], found)
+        cache.file.read("images", [(case.first, case.first + len(found))], found)
         np.testing.assert_array_equal(found, slices)
         for frame in case.expert:
             rows = case.label_rows(frame)
             found = np.zeros((case.slices, size, size), np.uint8)
-            cache.read("labels", [(rows[0], rows[-1] + 1)], found)
+            cache.file.read("labels", [(rows[0], rows[-1] + 1)], found)
             np.testing.assert_array_equal(found, grid.labels_to_slices(labels[frame].transpose(2, 0, 1)))
     assert {case.code: case.expert for case in cache.cases} == {"A0": (ed, es), "B0": ()}
 

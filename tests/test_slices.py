@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cardiac import slices as slices_module
-from cardiac.cache import Cache, CachedCase
+from cardiac.cache import Cache, CachedCase, SliceFile
 from cardiac.losses import IGNORED
 from cardiac.propagation import Propagated
 from cardiac.slices import LabelledSlices, Pairs, SliceStore, step_generator
@@ -39,7 +39,7 @@ def cache(tmp_path):
         rows = np.arange(26, dtype=np.float16).reshape(-1, 1, 1)
         file["images"] = np.ones((26, SIDE, SIDE), np.float16) * rows
         file["labels"] = np.ones((8, SIDE, SIDE), np.uint8) * np.arange(8, dtype=np.uint8).reshape(-1, 1, 1)
-    return Cache(path, tmp_path, "numbered", SIDE, 1.0, (LAST, NONE, FIRST))
+    return Cache(SliceFile(path), tmp_path, "numbered", SIDE, 1.0, (LAST, NONE, FIRST))
 
 
 def origin(row):
