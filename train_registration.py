@@ -10,7 +10,7 @@ from cardiac import losses, networks, parallel, propagation, report
 from cardiac.augment import augment_pairs
 from cardiac.cache import open_cache
 from cardiac.checkpoint import load_network, weights_digest
-from cardiac.files import read_csv, write_csv
+from cardiac.files import write_csv
 from cardiac.parallel import from_first, in_first
 from cardiac.parts import PARTS, Parts
 from cardiac.run import choose_device, describe, run_folder, script
@@ -99,9 +99,8 @@ def main(argv):
         steps = f"{settings.total_steps} steps of {settings.batch_size} pairs"
         print(f"registration: {steps} on {describe(device)}")
         tested = [case for case in cache.split("Validation", "Testing") if case.labelled]
-        scores, codes = folder / "quality.csv", {case.code for case in tested}
-        if not parallel.RANK and scores.exists() and {row["case"] for row in read_csv(scores)} != codes:
-            scores.unlink()  # some cases may have been unpacked since: made again
+        if not parallel.RANK:
+            propagation.forget_old_scores(folder / "quality.csv", tested)
         if not fit(task, settings, folder, device, outcome="quality.csv"):
             return
         load_network(task.network, folder / "best.pt", device)

@@ -153,7 +153,8 @@ class Cache:
             return training, labelled, unseen
         chosen = np.random.default_rng(seed).permutation(len(labelled))[: max(1, len(labelled) // 5)]
         validation = [labelled[k] for k in sorted(chosen)]
-        say(f"no Validation: {len(validation)} of {len(labelled)} training patients are held out for it: "
+        what = "no Validation of vendors that are trained on" if unseen else "no Validation"
+        say(f"{what}: {len(validation)} of {len(labelled)} training patients are held out for it: "
             + ", ".join(case.code for case in validation))  # fmt: skip
         return [case for case in training if case not in validation], validation, unseen
 

@@ -191,8 +191,9 @@ class Results:
 
     def caption(self):
         """What Table 1 is a table of, in words: cases, vendors that training saw, what failed."""
+        count = len(self.cases)
         text = ("Dice in 3-D on each case's own grid, mean over case, phase (ED, ES) and region; "
-                f"{len(self.cases)} cases of {self.split} of {self.cache.name}.")  # fmt: skip
+                f"{count} case{'s' * (count != 1)} of {self.split} of {self.cache.name}.")  # fmt: skip
         if self.own and self.split != "Testing":
             known = {case.code for case in self.learnt_from} & {case.code for case in self.cases}
             text += f" THE NETWORKS WERE TRAINED ON {len(known)} OF THESE CASES." if known else ""
@@ -201,7 +202,7 @@ class Results:
         if self.own:
             vendors = ", ".join(sorted(self.seen))
             text += f" Trained on {self.labels}, of vendor {vendors}; * marks the others."
-            if self.unlabelled:
+            if self.unlabelled and "propagated" in self.models:
                 vendors = ", ".join(sorted(self.unlabelled))
                 text += f" The registration saw unlabelled scans of vendor {vendors}."
         else:

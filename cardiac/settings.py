@@ -200,25 +200,28 @@ def parse(kind, argv, description, own=(), earlier=()):
     """Settings of class `kind` from the command line and from what OUT holds.
 
     own: this script's folders below OUT. A run in them is gone on with: words that are not typed are its
-    words, and a typed one that contradicts it is an InputError (unless --overwrite). earlier: folders of the
-    scripts before it, which give size, spacing, seed, recipe and channels in the same way.
+    words, and a typed one that contradicts it is an InputError (unless --overwrite). Of a folder that this
+    call does not write to, words are taken, too, but may differ. earlier: folders of the scripts before it,
+    which give what is SHARED, such as size, spacing and seed, in the same way.
     """
     typed = vars(_command_line(kind, description, earlier).parse_args(argv))
     settings = kind(**typed)
     known = dict.fromkeys(typed, "")  # name: the folder that gave its value
     written = [folder for folder in own if settings.writes(folder)]
     plain = {item.name: item.default for item in dataclasses.fields(kind)}
-    for folder in written if not settings.overwrite else ():
-        stored = _stored(settings.out / folder)
-        if stored:  # a setting that there was not then is at its plain default, whatever the recipe
-            stored = {**plain, **stored}
+    others = [folder for folder in own if folder not in written]
+    for folder in (*written, *earlier, *others):
+        stored = {} if settings.overwrite and folder in written else _stored(settings.out / folder)
+        if stored and folder in own:  # a setting that there was not then is at its plain default, whatever
+            stored = {**plain, **stored}  # the recipe
+        if folder not in written:
+            free = known if folder in others else stored  # an earlier script gives nothing but what is SHARED
+            stored = {name: stored[name] for name in stored if name in SHARED or name not in free}
         if "epochs" in typed:  # not to be overridden by a --max-steps of then
             stored.pop("max_steps", None)
-        _merge(settings, known, stored, settings.out / folder)
-    for folder in (*earlier, *(folder for folder in own if folder not in written)):
-        stored = _stored(settings.out / folder)
-        stored = {name: value for name, value in stored.items() if name in SHARED}
-        _merge(settings, known, stored, settings.out / folder)
+        anew = "start anew with --overwrite, " * (folder in written)
+        remedy = f"leave it away, {anew}or choose another --out"
+        _merge(settings, known, stored, settings.out / folder, remedy)
     if settings.recipe == "strong":
         for name, value in kind.STRONG.items():
             if name not in known:
@@ -275,9 +278,10 @@ def _stored(folder):
     return stored["settings"]
 
 
-def _merge(settings, known, stored, folder):
+def _merge(settings, known, stored, folder, remedy):
     """Take what is not yet `known` from the `stored` settings of the run in a folder; what is, whether typed
-    or of another run, must not contradict them. Runs may differ in their seed: the first one counts.
+    (`remedy` says what to do) or of another run, must not contradict them. Runs may differ in their seed: the
+    first one counts.
     """
     for name in (item.name for item in dataclasses.fields(settings) if item.name not in HERE):
         if name not in stored:
@@ -287,8 +291,8 @@ def _merge(settings, known, stored, folder):
             setattr(settings, name, stored[name])
             known[name] = f" of {folder}"
         elif value != stored[name] and name not in (BUDGET if not known[name] else (*BUDGET, "seed")):
-            what = "make one of them anew" if known[name] else "leave it away, start anew"
+            if known[name]:
+                remedy = "make one of them anew with --overwrite, or choose another --out"
             raise InputError(
-                f"{flag} {value}{known[name]} contradicts {flag} {stored[name]} of {folder}; "
-                f"{what} with --overwrite, or choose another --out"
+                f"{flag} {value}{known[name]} contradicts {flag} {stored[name]} of {folder}; {remedy}"
             )

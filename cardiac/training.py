@@ -56,7 +56,7 @@ def fit(task, settings, folder, device, outcome="curves.png"):
     first, total = parallel.RANK == 0, settings.total_steps
     run = Run(task, settings, folder, device)
     progress = run.progress
-    if progress.step >= total:
+    if progress.step >= total and progress.rows and progress.rows[-1]["step"] == progress.step:
         print(f"{folder}: finished at step {progress.step}; a larger --max-steps or --epochs goes on")
         return first and not (folder / outcome).exists()
     (folder / outcome).unlink(missing_ok=True)
@@ -65,6 +65,8 @@ def fit(task, settings, folder, device, outcome="curves.png"):
     if settings.profile and first:
         profiler = profile_steps(folder, device, meter.bar)
     with deferred_signals() as leave_if_asked, meter.bar, profiler:
+        if progress.step >= total:  # interrupted within an epoch, which --max-steps now ends there
+            run.end_epoch()
         while progress.step < total:
             run.step()
             if settings.profile and first:

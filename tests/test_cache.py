@@ -287,7 +287,8 @@ def test_a_run_keeps_its_slices_when_another_builds_other_ones(data, tmp_path, o
     cache = open_cache(asked(data, tmp_path))
     before, pickled = first_slices(cache), pickle.dumps(cache)
     later = open_cache(asked(data, tmp_path, **other))
-    assert later.path == cache.path and not np.array_equal(first_slices(later), before)
+    assert later.path == cache.path
+    assert not np.array_equal(first_slices(later), before)
     np.testing.assert_array_equal(first_slices(cache), before)
     with pytest.raises(InputError, match="MnM.h5: another run has just built it anew"):
         pickle.loads(pickled)

@@ -128,6 +128,7 @@ def test_a_contradiction_names_both_values_and_the_run(tmp_path, word, value, th
         later(RegistrationSettings, tmp_path, word, value, own=["registration"])
     assert f"{word} {value} contradicts {word} {there}" in str(caught.value)
     assert str(tmp_path / "registration") in str(caught.value)
+    assert "leave it away, start anew with --overwrite, or choose another --out" in str(caught.value)
 
 
 def test_runs_that_contradict_each_other_are_named_unless_the_later_one_is_made_anew(tmp_path):
@@ -151,7 +152,11 @@ def test_each_u_net_goes_on_with_its_own_words(tmp_path):
     folders = ["segmentation/original", "segmentation/propagated"]
     stored_run(tmp_path, folders[0], SegmentationSettings, lr=0.5, channels=8, seed=1)
     alone = later(SegmentationSettings, tmp_path, "--labels", "propagated", own=folders)
-    assert (alone.lr, alone.channels) == (1e-3, 8), "of the other what both must share"
+    assert (alone.lr, alone.channels) == (0.5, 8), "so that what differs is the labels"
+    words = ["--labels", "propagated", "--lr", "0.25"]
+    assert later(SegmentationSettings, tmp_path, *words, own=folders).lr == 0.25, "unless it is typed"
+    with pytest.raises(InputError, match=r"--channels 4 contradicts --channels 8 of .*; leave it away, or"):
+        later(SegmentationSettings, tmp_path, *words, "--channels", "4", "--overwrite", own=folders)
     stored_run(tmp_path, folders[1], SegmentationSettings, lr=0.25, channels=8)
     for name, lr in (("original", 0.5), ("propagated", 0.25)):
         assert later(SegmentationSettings, tmp_path, "--labels", name, own=folders).lr == lr
@@ -177,7 +182,7 @@ def test_overwrite_forgets_the_run_but_not_the_scripts_before(tmp_path):
     assert later(SegmentationSettings, tmp_path, **words).lr == 0.5
     anew = later(SegmentationSettings, tmp_path, "--overwrite", "--lr", "0.25", **words)
     assert (anew.lr, anew.size) == (0.25, 64)
-    with pytest.raises(InputError, match="contradicts"):
+    with pytest.raises(InputError, match="contradicts .*; leave it away, or choose another --out"):
         later(SegmentationSettings, tmp_path, "--overwrite", "--size", "32", **words)
 
 

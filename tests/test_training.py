@@ -62,7 +62,7 @@ class Task:
         assert not self.network.training
         images, labels = noise(10**6)
         loss = torch.nn.functional.cross_entropy(self.network(images), labels).item()
-        step = self.drawn[-1] + 1
+        step = self.drawn[-1] + 1 if self.drawn else 0
         return {
             "val_loss": self.val_losses[step] if self.val_losses else loss,
             "score": self.scores[step] if self.scores else -loss,
@@ -183,6 +183,19 @@ def test_max_steps_raised_goes_on_as_if_it_had_been_so_from_the_start(tmp_path, 
     assert train(tmp_path)
     assert not (tmp_path / "done").exists(), "what was made of the shorter run is out of date"
     assert_equal_runs(tmp_path, whole)
+
+
+@pytest.mark.parametrize(("stopped", "wanted"), [(2, 2), (2, 1), (6, 6), (6, 5)])
+def test_max_steps_ends_a_run_that_was_interrupted_there_or_beyond(tmp_path, whole, stopped, wanted):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", signalled(stopped - 1, signal.SIGINT))
+    task = Task()
+    assert train(tmp_path / "parts", task, max_steps=wanted)
+    assert task.drawn == []
+    train(tmp_path / "straight", max_steps=stopped)
+    assert_equal_runs(tmp_path / "parts", tmp_path / "straight")
+    train(tmp_path / "parts")
+    assert_equal_runs(tmp_path / "parts", whole)
 
 
 @pytest.mark.parametrize("steps", [2, 6])
