@@ -211,17 +211,18 @@ def parse(kind, argv, description, own=(), earlier=()):
     plain = {item.name: item.default for item in dataclasses.fields(kind)}
     others = [folder for folder in own if folder not in written]
     for folder in (*written, *earlier, *others):
-        stored = {} if settings.overwrite and folder in written else _stored(settings.out / folder)
-        if stored and folder in own:  # a setting that there was not then is at its plain default, whatever
-            stored = {**plain, **stored}  # the recipe
-        if folder not in written:
-            free = known if folder in others else stored  # an earlier script gives nothing but what is SHARED
-            stored = {name: stored[name] for name in stored if name in SHARED or name not in free}
+        if folder in written and settings.overwrite:
+            continue
+        stored = _stored(settings.out / folder)
+        if folder in earlier:
+            stored = {name: value for name, value in stored.items() if name in SHARED}
+        elif stored:  # a setting that there was not then is at its plain default, whatever the recipe
+            stored = {**plain, **stored}
+        if folder in others:  # what is typed may differ there
+            stored = {name: value for name, value in stored.items() if name in SHARED or name not in known}
         if "epochs" in typed:  # not to be overridden by a --max-steps of then
             stored.pop("max_steps", None)
-        anew = "start anew with --overwrite, " * (folder in written)
-        remedy = f"leave it away, {anew}or choose another --out"
-        _merge(settings, known, stored, settings.out / folder, remedy)
+        _merge(settings, known, stored, settings.out / folder, folder in written)
     if settings.recipe == "strong":
         for name, value in kind.STRONG.items():
             if name not in known:
@@ -278,10 +279,10 @@ def _stored(folder):
     return stored["settings"]
 
 
-def _merge(settings, known, stored, folder, remedy):
+def _merge(settings, known, stored, folder, written):
     """Take what is not yet `known` from the `stored` settings of the run in a folder; what is, whether typed
-    (`remedy` says what to do) or of another run, must not contradict them. Runs may differ in their seed: the
-    first one counts.
+    or of another run, must not contradict them. Runs may differ in their seed: the first one counts. written:
+    whether this call writes there.
     """
     for name in (item.name for item in dataclasses.fields(settings) if item.name not in HERE):
         if name not in stored:
@@ -291,8 +292,9 @@ def _merge(settings, known, stored, folder, remedy):
             setattr(settings, name, stored[name])
             known[name] = f" of {folder}"
         elif value != stored[name] and name not in (BUDGET if not known[name] else (*BUDGET, "seed")):
-            if known[name]:
-                remedy = "make one of them anew with --overwrite, or choose another --out"
+            what = "leave it away, start anew with --overwrite," if written else "leave it away"
+            what = "make one of them anew with --overwrite," if known[name] else what
             raise InputError(
-                f"{flag} {value}{known[name]} contradicts {flag} {stored[name]} of {folder}; {remedy}"
+                f"{flag} {value}{known[name]} contradicts {flag} {stored[name]} of {folder}; "
+                f"{what} or choose another --out"
             )

@@ -155,7 +155,7 @@ def test_each_u_net_goes_on_with_its_own_words(tmp_path):
     assert (alone.lr, alone.channels) == (0.5, 8), "so that what differs is the labels"
     words = ["--labels", "propagated", "--lr", "0.25"]
     assert later(SegmentationSettings, tmp_path, *words, own=folders).lr == 0.25, "unless it is typed"
-    with pytest.raises(InputError, match=r"--channels 4 contradicts --channels 8 of .*; leave it away, or"):
+    with pytest.raises(InputError, match=r"--channels 4 contradicts --channels 8 of .*; leave it away or"):
         later(SegmentationSettings, tmp_path, *words, "--channels", "4", "--overwrite", own=folders)
     stored_run(tmp_path, folders[1], SegmentationSettings, lr=0.25, channels=8)
     for name, lr in (("original", 0.5), ("propagated", 0.25)):
@@ -182,7 +182,7 @@ def test_overwrite_forgets_the_run_but_not_the_scripts_before(tmp_path):
     assert later(SegmentationSettings, tmp_path, **words).lr == 0.5
     anew = later(SegmentationSettings, tmp_path, "--overwrite", "--lr", "0.25", **words)
     assert (anew.lr, anew.size) == (0.25, 64)
-    with pytest.raises(InputError, match="contradicts .*; leave it away, or choose another --out"):
+    with pytest.raises(InputError, match="contradicts .*; leave it away or choose another --out"):
         later(SegmentationSettings, tmp_path, "--overwrite", "--size", "32", **words)
 
 
