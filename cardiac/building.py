@@ -5,7 +5,6 @@ and leaves it. From then on bytes are written to their places, and what says tha
 (`parts.py`), comes after its slices are on the disk.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cardiac.cases import load_case, refusal
-from cardiac.files import InputError, sync_folder, write_in_place, writing_hdf5
+from cardiac.files import InputError, digest, sync_folder, write_in_place, writing_hdf5
 from cardiac.parts import Parts
 from cardiac.preprocessing import to_slices
 from cardiac.workers import worker_pool
@@ -44,7 +43,7 @@ def build(path, folder, dataset, wanted, settings):
     """
     cases = dataset.good(settings.skip_bad)
     (places, rows), grid = places_of(cases), [wanted[name] for name in PREPROCESSING]
-    made_from = hashlib.sha256(json.dumps([SCHEMA, grid, places, rows]).encode()).hexdigest()
+    made_from = digest(json.dumps([SCHEMA, grid, places, rows]))
     file, sources = folder / f"{path.name}.building", json.dumps(wanted["sources"])
     if not _laid_out(file, made_from, sources):
         shutil.rmtree(file.parent, ignore_errors=True)

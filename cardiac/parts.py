@@ -1,6 +1,5 @@
 """Results of finished cases, kept until the run is finished: interrupted, it goes on with the next case."""
 
-import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cardiac.files import InputError, replacing, sync_folder
+from cardiac.files import InputError, digest, replacing, sync_folder
 
 PARTS = ".parts"  # in the folder of a run, which removes it when it ends well
 
@@ -51,8 +50,8 @@ class Parts:
         self._path(case).unlink(missing_ok=True)
 
     def _path(self, case):
-        text = json.dumps([self.made_from, case.identity()], sort_keys=True)
-        return self.folder / f"{case.code}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        made_from = digest(json.dumps([self.made_from, case.identity()], sort_keys=True))
+        return self.folder / f"{case.code}-{made_from}"
 
 
 UNKEPT = Parts()

@@ -1,6 +1,5 @@
 """Labels through time: expert labels of ED (and ES) warped to the frames between."""
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from scipy.ndimage import distance_transform_edt
 from cardiac import LABELS, REGIONS, trust
 from cardiac.cases import load_labels
 from cardiac.checkpoint import load_network
-from cardiac.files import InputError, hdf5_dataset, read_csv, read_json, writing_hdf5
+from cardiac.files import InputError, digest, hdf5_dataset, read_csv, read_json, writing_hdf5
 from cardiac.losses import IGNORED, one_hot, region_dice
 from cardiac.metrics import score_case
 from cardiac.networks import RegistrationNetwork, register
@@ -91,10 +90,8 @@ class Propagated:
 
     def digest(self):
         """A digest of what a network is trained on: labels, their places and trust."""
-        found = hashlib.sha256(json.dumps(self.where).encode())
-        for array in (self.labels, self.trust):
-            found.update(b"" if array is None else np.ascontiguousarray(array))
-        return found.hexdigest()[:16]
+        arrays = [each for each in (self.labels, self.trust) if each is not None]
+        return digest(json.dumps(self.where), *map(np.ascontiguousarray, arrays))
 
     def of(self, case):
         """The propagated labels of a case: {frame: (Z, S, S) uint8}, IGNORED in slices without."""

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ from concurrent.futures import BrokenExecutor
 import torch
 
 from cardiac import parallel
-from cardiac.files import InputError, locked, read_json, write_json
+from cardiac.files import InputError, digest, locked, read_json, write_json
 from cardiac.parts import PARTS
 
 # by --overwrite: first what tells how far a run is, last its settings
@@ -184,10 +183,9 @@ def dataset_identity(cases):
     Of those alone, so that Validation and Testing may be unpacked later.
     """
     training = [case for case in cases if case.split == "Training"]
-    names = "\n".join(sorted(case.code for case in training or cases))
-    return hashlib.sha256(names.encode()).hexdigest()[:16]
+    return digest("\n".join(sorted(case.code for case in training or cases)))
 
 
 def cases_digest(cases):
     """A digest of the cases that a result was made from: their codes, what the table says, their files."""
-    return hashlib.sha256(json.dumps([case.identity() for case in cases]).encode()).hexdigest()[:16]
+    return digest(json.dumps([case.identity() for case in cases]))
