@@ -10,10 +10,10 @@ from cardiac import losses, networks, parallel, propagation, report
 from cardiac.augment import augment_pairs
 from cardiac.cache import open_cache
 from cardiac.checkpoint import load_network, weights_digest
-from cardiac.files import write_csv
+from cardiac.files import write_csv, write_text
 from cardiac.parallel import from_first, in_first
 from cardiac.parts import PARTS, Parts
-from cardiac.run import choose_device, describe, run_folder, script
+from cardiac.run import cases_digest, choose_device, describe, run_folder, script
 from cardiac.settings import RegistrationSettings, parse
 from cardiac.slices import Pairs, SliceStore
 from cardiac.training import fit
@@ -99,8 +99,9 @@ def main(argv):
         steps = f"{settings.total_steps} steps of {settings.batch_size} pairs"
         print(f"registration: {steps} on {describe(device)}")
         tested = [case for case in cache.split("Validation", "Testing") if case.labelled]
-        if not parallel.RANK:
-            propagation.forget_old_scores(folder / "quality.csv", tested)
+        scored, made_from = folder / ".scored", cases_digest(tested)  # what quality.csv was made from
+        if not parallel.RANK and not (scored.exists() and scored.read_text() == made_from):
+            (folder / "quality.csv").unlink(missing_ok=True)
         if not fit(task, settings, folder, device, outcome="quality.csv"):
             return
         load_network(task.network, folder / "best.pt", device)
@@ -112,6 +113,7 @@ def main(argv):
         report.draw_curves(folder)
         report.draw_registration(folder / "example.png", task.network, task.validation)
         write_csv(folder / "quality.csv", propagation.QUALITY, rows)
+        write_text(scored, made_from)
         report.print_quality(rows)
 
 

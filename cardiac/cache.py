@@ -86,7 +86,7 @@ class SliceFile:
     """The file of a cache, held open: what is read stays the same when another run builds a cache of other
     slices in its place.
 
-    Another process (`parallel.from_first`) opens it for itself: InputError where it is no longer that file.
+    Another process (`parallel.from_first`) opens it for itself, and fails where it is no longer that file.
     """
 
     def __init__(self, path, inode=None):
@@ -123,7 +123,7 @@ class Cache:
 
     @property
     def path(self):
-        """Of the file."""
+        """Where the file lies."""
         return self.file.path
 
     def split(self, *names):

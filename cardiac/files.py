@@ -115,7 +115,7 @@ def hdf5_dataset(file, name):
 
 
 def digest(*pieces):
-    """Sixteen digits by which texts, bytes or C-contiguous arrays are told from others."""
+    """Sixteen hexadecimal digits that tell texts, bytes or C-contiguous arrays, joined, from others."""
     found = hashlib.sha256()
     for piece in pieces:
         found.update(piece.encode() if isinstance(piece, str) else piece)

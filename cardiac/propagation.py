@@ -1,7 +1,6 @@
 """Labels through time: expert labels of ED (and ES) warped to the frames between."""
 
 import json
-import os
 from dataclasses import dataclass
 
 import h5py
@@ -13,7 +12,7 @@ from scipy.ndimage import distance_transform_edt
 from cardiac import LABELS, REGIONS, trust
 from cardiac.cases import load_labels
 from cardiac.checkpoint import load_network
-from cardiac.files import InputError, digest, hdf5_dataset, read_csv, read_json, writing_hdf5
+from cardiac.files import InputError, digest, hdf5_dataset, read_json, writing_hdf5
 from cardiac.losses import IGNORED, one_hot, region_dice
 from cardiac.metrics import score_case
 from cardiac.networks import RegistrationNetwork, register
@@ -256,18 +255,6 @@ QUALITY = (
     "case", "vendor", "split", "region", "dice_before", "dice_after", "hd95_mm_before", "hd95_mm_after",
     "folding_percent", "sd_log_jacobian",
 )  # fmt: skip
-
-
-def forget_old_scores(path, cases):
-    """Remove the quality.csv at `path` unless it has the scores of these cases, of their files as they are:
-    some may have been unpacked or mended since.
-    """
-    if path.exists():
-        files = [case.root / name for case in cases for name in case.files]
-        changed = max((os.stat(file).st_ctime for file in files), default=0)
-        scored, codes = {row["case"] for row in read_csv(path)}, {case.code for case in cases}
-        if scored != codes or changed > path.stat().st_mtime:
-            path.unlink()
 
 
 @torch.no_grad()

@@ -200,9 +200,9 @@ def parse(kind, argv, description, own=(), earlier=()):
     """Settings of class `kind` from the command line and from what OUT holds.
 
     own: this script's folders below OUT. A run in them is gone on with: words that are not typed are its
-    words, and a typed one that contradicts it is an InputError (unless --overwrite). Of a folder that this
-    call does not write to, words are taken, too, but may differ. earlier: folders of the scripts before it,
-    which give what is SHARED, such as size, spacing and seed, in the same way.
+    words, and a typed one that contradicts it is an InputError (unless --overwrite). One of them that this
+    call does not write to gives its words, too, but typed ones may differ, unless they are SHARED. earlier:
+    folders of the scripts before it, which give what is SHARED, such as size and spacing, in the same way.
     """
     typed = vars(_command_line(kind, description, earlier).parse_args(argv))
     settings = kind(**typed)
@@ -288,7 +288,7 @@ def _merge(settings, known, stored, folder, written):
         if name not in stored:
             continue
         value, flag = getattr(settings, name), "--" + name.replace("_", "-")
-        if name not in known or (known[name] and (name in BUDGET or settings.REMADE)):
+        if name not in known or (known[name] and settings.REMADE):
             setattr(settings, name, stored[name])
             known[name] = f" of {folder}"
         elif value != stored[name] and name not in (BUDGET if not known[name] else (*BUDGET, "seed")):

@@ -65,8 +65,10 @@ def fit(task, settings, folder, device, outcome="curves.png"):
     if settings.profile and first:
         profiler = profile_steps(folder, device, meter.bar)
     with deferred_signals() as leave_if_asked, meter.bar, profiler:
-        if progress.step >= total:  # interrupted within an epoch, which --max-steps now ends there
+        if progress.step >= total:  # interrupted within an epoch, which is now to end there
             run.end_epoch()
+            if first:
+                leave_if_asked(run.save)
         while progress.step < total:
             run.step()
             if settings.profile and first:

@@ -149,15 +149,23 @@ def test_finished_work_is_not_done_twice(finished, capsys):
     assert capsys.readouterr().out.count("finished") >= 5
 
 
-def test_the_registration_is_scored_on_cases_that_have_come_since(finished, tmp_path):
-    data, finished_out, words = finished
-    out = shutil.copytree(finished_out, tmp_path / "run")
-    quality = out / "registration" / "quality.csv"
-    before = quality.read_text()
-    quality.write_text("".join(line for line in before.splitlines(True) if "Testing" not in line))
-    common = ["--data", str(data), "--out", str(out), "--workers", "1", *words]
-    assert train_registration.main(common) == 0
-    assert quality.read_text() == before
+def test_the_registration_is_scored_anew_when_a_tested_case_has_changed(finished, tmp_path):
+    data, out, _ = finished
+    data, out = shutil.copytree(data, tmp_path / data.name), shutil.copytree(out, tmp_path / "run")
+    (table,) = data.glob("*opendataset.csv")
+    rows, code = read(table), sorted(path.name for path in (data / "Testing").iterdir())[0]
+    for row in rows:
+        if row["External code"] == code:
+            row |= {"Vendor": "C", "VendorName": "GE"}
+    with open(table, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    scored = read(out / "registration" / "quality.csv")
+    assert {row["vendor"] for row in scored if row["case"] == code} != {"C"}
+    assert train_registration.main(["--data", str(data), "--out", str(out), "--workers", "1"]) == 0
+    anew = read(out / "registration" / "quality.csv")
+    assert anew == [row | {"vendor": "C"} if row["case"] == code else row for row in scored]
 
 
 def test_train_more_and_the_table_follows(finished, tmp_path):

@@ -6,9 +6,7 @@ so that what is tested is the way of the labels and not the network.
 
 import csv
 import dataclasses
-import os
 import shutil
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +25,7 @@ import train_registration
 import train_segmentation
 from cardiac import propagation
 from cardiac.cache import open_cache
-from cardiac.files import InputError, write_csv
+from cardiac.files import InputError
 from cardiac.losses import IGNORED
 from cardiac.propagation import Propagated, frames_between, own_grid_displacement, warp_labels
 from cardiac.settings import Settings
@@ -276,21 +274,6 @@ def test_quality_of_a_perfect_registration_is_perfect_on_the_own_grid(swinging):
         assert row["dice_after"] > row["dice_before"] + 0.15
         assert row["folding_percent"] == 0
         assert row["sd_log_jacobian"] == pytest.approx(0, abs=1e-3)
-
-
-def test_scores_of_other_cases_or_of_files_that_have_changed_are_forgotten(swinging, tmp_path):
-    _, case, _ = swinging
-    path = tmp_path / "quality.csv"
-    write_csv(path, propagation.QUALITY, [{"case": case.code}])
-    propagation.forget_old_scores(path, [case])
-    assert path.exists()
-    time.sleep(0.02)  # more than a tick of the file system's clock
-    os.utime(case.labels[0], ns=(case.labels[0].stat().st_mtime_ns,) * 2)  # nothing but that it was changed
-    propagation.forget_old_scores(path, [case])
-    assert not path.exists()
-    write_csv(path, propagation.QUALITY, [{"case": case.code}, {"case": "OTHER"}])
-    propagation.forget_old_scores(path, [case])
-    assert not path.exists()
 
 
 # ------------------------------------------------------------------------------------------------- labels

@@ -165,6 +165,13 @@ def test_each_u_net_goes_on_with_its_own_words(tmp_path):
     assert later(EvaluationSettings, tmp_path, earlier=folders).seed == 1, "seeds may differ"
 
 
+def test_a_run_that_leaves_bad_cases_out_goes_on_so_whatever_the_one_before_did(tmp_path):
+    stored_run(tmp_path, "registration", RegistrationSettings)
+    stored_run(tmp_path, "segmentation/original", SegmentationSettings, skip_bad=True)
+    words = {"own": ["segmentation/original"], "earlier": ["registration"]}
+    assert later(SegmentationSettings, tmp_path, "--labels", "original", **words).skip_bad
+
+
 def test_a_setting_that_a_run_did_not_know_is_off_whatever_its_recipe(tmp_path):
     stored_run(tmp_path, "registration", RegistrationSettings, recipe="strong", guided=True)
     config = tmp_path / "registration" / "config.json"

@@ -198,6 +198,16 @@ def test_max_steps_ends_a_run_that_was_interrupted_there_or_beyond(tmp_path, who
     assert_equal_runs(tmp_path / "parts", whole)
 
 
+def test_a_signal_while_a_run_is_ended_is_not_lost(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, signalled(1, signal.SIGINT))
+    task, validate = Task(), Task.validate
+    task.validate = lambda: (signal.raise_signal(signal.SIGINT), validate(task))[1]
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, task, max_steps=2)
+    assert log(tmp_path)[-1]["step"] == "2"
+
+
 @pytest.mark.parametrize("steps", [2, 6])
 def test_a_good_score_where_max_steps_cut_an_epoch_is_forgotten_when_training_goes_on(tmp_path, steps):
     scores = {2: 0.9, 4: 0.2, 6: 0.9, 8: 0.1 * steps}  # in the end the first or the second epoch is best
