@@ -170,8 +170,7 @@ class Results:
         """The expert labels that were trained on, in words."""
         known = self.used["labelled_phases"]
         text = "expert labels of ED and ES" if known == "both" else f"expert labels of {known} alone"
-        count = len(self.learnt_from)
-        return f"{text}, {count} patient{'s' * (count != 1)}" if self.own else text
+        return f"{text}, {counted(len(self.learnt_from), 'patient')}" if self.own else text
 
     def starred(self, name):
         """The name of a column, with a * for vendors whose labels were not trained on."""
@@ -191,9 +190,8 @@ class Results:
 
     def caption(self):
         """What Table 1 is a table of, in words: cases, vendors that training saw, what failed."""
-        count = len(self.cases)
         text = ("Dice in 3-D on each case's own grid, mean over case, phase (ED, ES) and region; "
-                f"{count} case{'s' * (count != 1)} of {self.split} of {self.cache.name}.")  # fmt: skip
+                f"{counted(len(self.cases), 'case')} of {self.split} of {self.cache.name}.")  # fmt: skip
         if self.own and self.split != "Testing":
             known = {case.code for case in self.learnt_from} & {case.code for case in self.cases}
             text += f" THE NETWORKS WERE TRAINED ON {len(known)} OF THESE CASES." if known else ""
@@ -309,6 +307,11 @@ def aligned(lines, markdown=False):
         "  ".join(cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(line, widths)))
         for line in lines
     )
+
+
+def counted(count, noun):
+    """A number of things in words."""
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def p_text(p):

@@ -38,7 +38,8 @@ class SliceStore:
         if place == "file":
             self._rows = torch.cat([torch.arange(*each) for each in ranges])
         else:
-            self._images = _read_images(cache, ranges, shape, device if place == "device" else None)
+            there = device if place == "device" else torch.device("cpu")
+            self._images = _read_images(cache, ranges, shape, there)
         self.place = place
         labels = np.full((sum(b - a for a, b in label_ranges) + 1, *shape[1:]), IGNORED, np.uint8)
         cache.file.read("labels", label_ranges, labels)
@@ -79,11 +80,11 @@ class SliceStore:
 
 
 def _read_images(cache, ranges, shape, device):
-    """These rows of a cache as a tensor on the device (None: in host memory).
+    """These rows of a cache as a tensor on the device.
 
     Case by case onto a card: the host may have less memory.
     """
-    if device is None or device.type == "cpu":
+    if device.type == "cpu":
         read = np.empty(shape, np.float16)  # in large pages, where the system has them: torch's are small
         cache.file.read("images", ranges, read)
         return torch.from_numpy(read)

@@ -56,7 +56,7 @@ def fit(task, settings, folder, device, outcome="curves.png"):
     first, total = parallel.RANK == 0, settings.total_steps
     run = Run(task, settings, folder, device)
     progress = run.progress
-    if progress.step >= total and progress.rows and progress.rows[-1]["step"] == progress.step:
+    if run.finished:
         print(f"{folder}: finished at step {progress.step}; a larger --max-steps or --epochs goes on")
         return first and not (folder / outcome).exists()
     (folder / outcome).unlink(missing_ok=True)
@@ -65,15 +65,12 @@ def fit(task, settings, folder, device, outcome="curves.png"):
     if settings.profile and first:
         profiler = profile_steps(folder, device, meter.bar)
     with deferred_signals() as leave_if_asked, meter.bar, profiler:
-        if progress.step >= total:  # interrupted within an epoch, which is now to end there
-            run.end_epoch()
-            if first:
-                leave_if_asked(run.save)
-        while progress.step < total:
-            run.step()
-            if settings.profile and first:
-                profiler.step()
-            if progress.step % settings.steps_per_epoch == 0 or progress.step == total:
+        while not run.finished:
+            if progress.step < total:  # else interrupted within an epoch, which is now to end there
+                run.step()
+                if settings.profile and first:
+                    profiler.step()
+            if progress.step % settings.steps_per_epoch == 0 or progress.step >= total:
                 run.end_epoch()
             elif time.perf_counter() - meter.saved > SAVE_EVERY:
                 run.save()
@@ -100,6 +97,12 @@ class Run:
         if (folder / "last.pt").exists():
             self.progress = restore(folder / "last.pt", device, **self.parts)
             print(f"{folder / 'last.pt'}: going on from step {self.progress.step}", flush=True)
+
+    @property
+    def finished(self):
+        """Whether all steps are taken, and the last of them validated and logged."""
+        rows, step = self.progress.rows, self.progress.step
+        return step >= self.settings.total_steps and bool(rows) and rows[-1]["step"] == step
 
     def begin(self):
         """Start the clock; returns the `Meter`."""

@@ -149,23 +149,31 @@ def test_finished_work_is_not_done_twice(finished, capsys):
     assert capsys.readouterr().out.count("finished") >= 5
 
 
-def test_the_registration_is_scored_anew_when_a_tested_case_has_changed(finished, tmp_path):
+def test_the_registration_is_scored_on_the_cases_as_they_are(finished, tmp_path):
     data, out, _ = finished
     data, out = shutil.copytree(data, tmp_path / data.name), shutil.copytree(out, tmp_path / "run")
     (table,) = data.glob("*opendataset.csv")
+    before = read(out / "registration" / "quality.csv")
     rows, code = read(table), sorted(path.name for path in (data / "Testing").iterdir())[0]
-    for row in rows:
-        if row["External code"] == code:
-            row |= {"Vendor": "C", "VendorName": "GE"}
-    with open(table, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    scored = read(out / "registration" / "quality.csv")
-    assert {row["vendor"] for row in scored if row["case"] == code} != {"C"}
-    assert train_registration.main(["--data", str(data), "--out", str(out), "--workers", "1"]) == 0
-    anew = read(out / "registration" / "quality.csv")
-    assert anew == [row | {"vendor": "C"} if row["case"] == code else row for row in scored]
+
+    def scores(rows):
+        """What quality.csv holds when the table of the dataset has these rows."""
+        with open(table, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        assert train_registration.main(["--data", str(data), "--out", str(out), "--workers", "1"]) == 0
+        return read(out / "registration" / "quality.csv")
+
+    other = {"Vendor": "C", "VendorName": "GE"}
+    mended = [row | other if row["External code"] == code else row for row in rows]
+    assert {row["vendor"] for row in before if row["case"] == code} != {"C"}
+    assert scores(mended) == [row | {"vendor": "C"} if row["case"] == code else row for row in before]
+    away = shutil.move(data / "Testing" / code, tmp_path)
+    others = scores([row for row in rows if row["External code"] != code])
+    assert others == [row for row in before if row["case"] != code] != before
+    shutil.move(away, data / "Testing")
+    assert scores(rows) == before, "on cases that have come since"
 
 
 def test_train_more_and_the_table_follows(finished, tmp_path):
