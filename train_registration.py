@@ -9,7 +9,7 @@ import torch
 from cardiac import losses, networks, parallel, propagation, report
 from cardiac.augment import augment_pairs
 from cardiac.cache import open_cache
-from cardiac.checkpoint import load_network, weights_digest
+from cardiac.checkpoint import weights_digest
 from cardiac.files import write_csv, write_text
 from cardiac.parallel import from_first, in_first
 from cardiac.parts import PARTS, Parts
@@ -104,14 +104,14 @@ def main(argv):
             (folder / "quality.csv").unlink(missing_ok=True)
         if not fit(task, settings, folder, device, outcome="quality.csv"):
             return
-        load_network(task.network, folder / "best.pt", device)
+        network, _ = propagation.load_registration(settings.out, device)
 
         if not tested:
             print("no labelled case in Validation or Testing: quality.csv stays empty")
-        parts = Parts(folder / PARTS, (weights_digest(task.network), settings.size, settings.spacing))
-        rows = propagation.score_registration(task.network, cache, tested, settings, device, parts)
+        parts = Parts(folder / PARTS, (weights_digest(network), settings.size, settings.spacing))
+        rows = propagation.score_registration(network, cache, tested, settings, device, parts)
         report.draw_curves(folder)
-        report.draw_registration(folder / "example.png", task.network, task.validation)
+        report.draw_registration(folder / "example.png", network, task.validation)
         write_csv(folder / "quality.csv", propagation.QUALITY, rows)
         write_text(scored, made_from)
         report.print_quality(rows)

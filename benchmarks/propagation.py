@@ -23,7 +23,8 @@ def propagating(folder, rounds):
     """Rows of propagating a case under the strong recipe, and of a dataset as large as M&Ms."""
     cache = cache_of(folder / "slices.h5", 1, 25, 10, 192)
     settings = PropagationSettings(recipe="strong", trust=True)
-    network = networks.RegistrationNetwork(guided=True).to(DEVICE, memory_format=torch.channels_last).eval()
+    network = networks.Turned(networks.RegistrationNetwork(guided=True).eval())
+    network.to(DEVICE, memory_format=torch.channels_last)
     register, taken = propagation.register, []
 
     def whole():

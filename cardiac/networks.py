@@ -56,6 +56,21 @@ class RegistrationNetwork(nn.Module):
             return F.conv2d(x.float(), self.velocity.weight.float(), self.velocity.bias.float(), padding=1)
 
 
+class Turned(nn.Module):
+    """A registration network that sees each pair twice, as it is and turned by 180 degrees, and averages the
+    velocities: what it knows of hearts does not depend on how they lie.
+    """
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, *slices):
+        """moving, fixed, regions: as `RegistrationNetwork`, and so the velocity (B, 2, H/2, W/2)."""
+        turned = self.network(*(each.flip(2, 3) for each in slices)).flip(2, 3)
+        return (self.network(*slices) - turned) / 2  # what is turned points the other way
+
+
 class SegmentationNetwork(nn.Module):
     """The paper's 2-D U-Net (Ronneberger et al., 2015), after section 3.3.
 

@@ -15,7 +15,7 @@ from cardiac.checkpoint import load_network
 from cardiac.files import InputError, digest, hdf5_dataset, read_json, writing_hdf5
 from cardiac.losses import IGNORED, one_hot, region_dice
 from cardiac.metrics import score_case
-from cardiac.networks import RegistrationNetwork, register
+from cardiac.networks import RegistrationNetwork, Turned, register
 from cardiac.parts import UNKEPT
 from cardiac.slices import SliceStore
 from cardiac.warp import compose, jacobian_determinant, warp
@@ -28,8 +28,10 @@ def load_registration(out, device):
     """The trained registration network of the run in `out`, ready for inference, and its `Progress`."""
     folder = out / "registration"
     trained = read_json(folder / "config.json") if (folder / "best.pt").exists() else {}
-    network = RegistrationNetwork(trained.get("settings", {}).get("guided", False))
-    return network, load_network(network, folder / "best.pt", device)
+    settings = trained.get("settings", {})
+    network = RegistrationNetwork(settings.get("guided", False))
+    progress = load_network(network, folder / "best.pt", device)
+    return Turned(network).eval() if settings.get("turned", False) else network, progress
 
 
 def frames_between(start, end, frames):

@@ -116,12 +116,15 @@ class RegistrationSettings(TrainingSettings):
     """`train_registration.py`."""
 
     STRONG: ClassVar = {**Settings.STRONG, "augment": True, "averaging": 0.998, "dice_weight": 0.5,
-                        "difference_weight": 20.0, "guided": True}  # fmt: skip
+                        "difference_weight": 20.0, "guided": True, "turned": True}  # fmt: skip
     similarity: str = setting("mse", "image term of the loss", choices=("mse", "ncc"))
     smoothness: float = setting(0.01, "weight of the velocity's diffusion (1.0 goes with ncc)")
     dice_weight: float = setting(0.05, "weight of the labels' overlap where both slices have expert labels")
     difference_weight: float = setting(0.0, "weight of the labels' squared difference, in the same slices")
     guided: bool = setting(False, "the labels of the moving slice, where known, are an input of the network")
+    turned: bool = setting(
+        False, "carry labels by the mean velocity of a pair as it is and turned by 180 degrees"
+    )
     labelled_share: float = setting(0.5, "share of pairs that are ED and ES, where both have expert labels")
 
 

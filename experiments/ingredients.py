@@ -27,7 +27,8 @@ RUNS = {  # each with the words of the one before it, from `paper` to `strong`
     "and augmentation, averaged weights": AUGMENTED,
     "and Dice weight 0.5": LABELLED,
     "and guided by the labels": (*LABELLED, "--guided"),
-    "and squared difference of the labels = strong": ("--recipe", "strong"),
+    "and squared difference of the labels": (*LABELLED, "--guided", "--difference-weight", "20"),
+    "and turned by 180 degrees = strong": ("--recipe", "strong"),
     "strong, local NCC for the image": ("--recipe", "strong", "--similarity", "ncc", "--smoothness", "1"),
 }
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cardiac.losses import one_hot
-from cardiac.networks import Mirrored, RegistrationNetwork, SegmentationNetwork, register, segment
+from cardiac.networks import Mirrored, RegistrationNetwork, SegmentationNetwork, Turned, register, segment
 from cardiac.warp import integrate, resize_displacement
 
 
@@ -131,6 +131,20 @@ def test_mirror_images_are_predicted_as_mirror_images():
         torch.testing.assert_close(segment(Mirrored(network), slices.flip(axes)).flip(axes), mirrored)
     views = [segment(network, slices.flip(axes)).flip(axes) for axes in ((), (2,), (3,), (2, 3))]
     torch.testing.assert_close(mirrored, torch.stack(views).mean(0))
+
+
+def test_a_pair_turned_by_180_degrees_has_the_velocity_turned():
+    torch.manual_seed(0)
+    network, slices = RegistrationNetwork(guided=True), pair(32, 48)
+    nn.init.normal_(network.velocity.weight, std=0.1)
+
+    def of_turned_slices(each):
+        return -each(*(s.flip(2, 3) for s in slices)).flip(2, 3)
+
+    plain, turned = network(*slices), Turned(network)(*slices)
+    assert not torch.allclose(of_turned_slices(network), plain, atol=1e-3)
+    torch.testing.assert_close(of_turned_slices(Turned(network)), turned)
+    torch.testing.assert_close(turned, (plain + of_turned_slices(network)) / 2)
 
 
 def test_every_parameter_learns():

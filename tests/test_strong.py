@@ -1,5 +1,6 @@
 """The strong recipe: its words reach the runs, averaged weights are kept, and it resumes bit for bit."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,10 +8,12 @@ import torch
 
 import train_registration
 import train_segmentation
+from cardiac import propagation
 from cardiac.cache import open_cache
+from cardiac.checkpoint import weights_digest
 from cardiac.files import read_json
 from cardiac.losses import IGNORED, soft_dice_loss
-from cardiac.networks import SegmentationNetwork
+from cardiac.networks import RegistrationNetwork, SegmentationNetwork, Turned
 from cardiac.settings import RegistrationSettings
 from cardiac.slices import SliceStore
 from cardiac.training import WeightAverage
@@ -50,6 +53,28 @@ def test_strong_runs_resume_bit_for_bit(place, tiny_data, tmp_path):
     best = torch.load(tmp_path / "once" / place / "best.pt", weights_only=True)
     assert all(torch.equal(best["network"][name], best["average"][name]) for name in best["average"])
     assert any(not torch.equal(once["network"][name], once["average"][name]) for name in once["average"])
+
+
+def test_labels_are_carried_and_scored_by_a_pair_and_the_turned_pair(tiny_data, tmp_path, monkeypatch):
+    out, seen, score = tmp_path / "run", [], propagation.score_registration
+
+    def watched(network, *others):
+        seen.append(network)
+        return score(network, *others)
+
+    monkeypatch.setattr(propagation, "score_registration", watched)
+    command = ["--data", str(tiny_data), "--out", str(out), *GRID.split(), "--max-steps", "2"]
+    assert train_registration.main(command) == 0
+    network, progress = propagation.load_registration(out, torch.device("cpu"))
+    assert progress.step == 2
+    assert [type(each) for each in (network, *seen)] == [Turned, Turned]
+    assert not network.training
+    before, config = weights_digest(network), read_json(out / "registration" / "config.json")
+    del config["settings"]["turned"]  # an older run
+    (out / "registration" / "config.json").write_text(json.dumps(config))
+    network, _ = propagation.load_registration(out, torch.device("cpu"))
+    assert type(network) is RegistrationNetwork
+    assert weights_digest(network) == before, "it is the weights that labels.h5 is told by"
 
 
 def test_average_follows_the_weights_and_is_put_back():
