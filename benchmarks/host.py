@@ -45,7 +45,7 @@ def work(folder):
         run = Run(task, task.settings, folder, DEVICE)
         run.begin().bar.disable = True
         found[f"{name}: a step"] = run.step
-    network = networks.RegistrationNetwork(guided=True).to(DEVICE).eval()
+    network = networks.Turned(networks.RegistrationNetwork(guided=True)).to(DEVICE).eval()
     settings = strong(PropagationSettings)
 
     def propagating():

@@ -57,9 +57,9 @@ def resize_displacement(displacement, size):
 
     Its values are pixels, so they grow with the grid by H / h and W / w (`align_corners=False`).
     """
+    grown = displacement.float() * _growth(*displacement.shape[-2:], *size, displacement.device)
     with torch.autocast(displacement.device.type, enabled=False):
-        resized = F.interpolate(displacement.float(), size=size, mode="bilinear", align_corners=False)
-    return resized * _growth(*displacement.shape[-2:], *size, displacement.device)
+        return F.interpolate(grown, size=size, mode="bilinear", align_corners=False)
 
 
 def unfold(velocity, size, passes=20):
@@ -95,21 +95,22 @@ def _sampling_grid(displacement):
     They lie in memory as two planes, which are written and read faster than pairs. 0 for NaN: on the CPU the
     backward pass of `grid_sample` would read and write outside its tensors.
     """
-    height, width = displacement.shape[-2:]
-    along_width = _pixels(width, displacement.device) + displacement[:, 1] * (2 / width)
-    along_height = _pixels(height, displacement.device)[:, None] + displacement[:, 0] * (2 / height)
-    planes = torch.stack([along_width, along_height], dim=1).nan_to_num_(nan=0.0)
-    return planes.permute(0, 2, 3, 1)
+    pixels, pixel = _pixels(*displacement.shape[-2:], displacement.device)
+    return (pixels + displacement.flip(1) * pixel).nan_to_num_(nan=0.0).permute(0, 2, 3, 1)
 
 
-# A step asks for the same numbers ten times. Made anew, they would be five launches each on a GPU, or a copy
+# A step asks for the same numbers ten times. Made anew, they would be many launches each on a GPU, or a copy
 # that waits for it.
 
 
 @functools.cache
-def _pixels(count, device):
-    """Normalised coordinates (N,) of the pixels along an axis, float32."""
-    return (2 * torch.arange(count, device=device, dtype=torch.float32) + 1) / count - 1
+def _pixels(height, width, device):
+    """Normalised coordinates (1, 2, H, W) of a grid's pixels, along W and along H, and the step from one to
+    the next, (1, 2, 1, 1); float32.
+    """
+    axes = [(2 * torch.arange(n, device=device, dtype=torch.float32) + 1) / n - 1 for n in (width, height)]
+    step = torch.tensor([2 / width, 2 / height], dtype=torch.float32, device=device)
+    return torch.stack(torch.meshgrid(*axes, indexing="xy"))[None], step.view(1, 2, 1, 1)
 
 
 @functools.cache
