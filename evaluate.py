@@ -96,11 +96,10 @@ def score(models, cache, cases, settings, device, folder):
 
 def write_results(folder, results):
     """Write tables and figures; print Table 1."""
-    write_csv(folder / "table.csv", evaluation.TABLE, results.table)
-    write_csv(folder / "table_paper.csv", evaluation.TABLE, results.table_paper)
-    write_csv(folder / "clinical.csv", evaluation.CLINICAL, results.clinical)
-    write_csv(folder / "agreement.csv", evaluation.AGREEMENT, results.agreement)
-    write_csv(folder / "comparison.csv", evaluation.COMPARISON, results.comparison)
+    columns = dict.fromkeys(("table", "table_paper"), evaluation.TABLE)
+    columns |= {name: getattr(evaluation, name.upper()) for name in ("clinical", "agreement", "comparison")}
+    for name, names in columns.items():
+        write_csv(folder / f"{name}.csv", names, getattr(results, name))
     words = [text for text in (results.gain(), results.caption()) if text]
     cells = results.cells(results.table)
     write_text(folder / "table.md", "\n\n".join([evaluation.aligned(cells, markdown=True), *words]) + "\n")

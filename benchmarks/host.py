@@ -13,13 +13,12 @@ from unittest import mock
 
 import torch
 
-import propagate_labels
 import train_registration
 import train_segmentation
 from benchmarks.common import DEVICE, Row, cache_of, in_turn, milliseconds
-from benchmarks.propagation import CASES
+from benchmarks.propagation import CASES, propagating_a_case
 from cardiac import networks
-from cardiac.settings import PropagationSettings, RegistrationSettings, SegmentationSettings
+from cardiac.settings import RegistrationSettings, SegmentationSettings
 from cardiac.slices import LabelledSlices, SliceStore
 from cardiac.training import Run
 
@@ -45,14 +44,7 @@ def work(folder):
         run = Run(task, task.settings, folder, DEVICE)
         run.begin().bar.disable = True
         found[f"{name}: a step"] = run.step
-    network = networks.Turned(networks.RegistrationNetwork(guided=True)).to(DEVICE).eval()
-    settings = strong(PropagationSettings)
-
-    def propagating():
-        with contextlib.redirect_stderr(io.StringIO()), BATCHES_OF_A_GPU:
-            propagate_labels.propagate_case(network, cache, cache.cases[0], settings, DEVICE)
-
-    return {**found, "propagating a case": propagating}
+    return {**found, "propagating a case": BATCHES_OF_A_GPU(propagating_a_case(cache))}
 
 
 def operations(function):

@@ -19,17 +19,23 @@ from cardiac.settings import PropagationSettings
 CASES = 150  # labelled training patients of M&Ms
 
 
-def propagating(folder, rounds):
-    """Rows of propagating a case under the strong recipe, and of a dataset as large as M&Ms."""
-    cache = cache_of(folder / "slices.h5", 1, 25, 10, 192)
+def propagating_a_case(cache):
+    """A function that propagates the first case of a cache under the strong recipe."""
     settings = PropagationSettings(recipe="strong", trust=True)
-    network = networks.Turned(networks.RegistrationNetwork(guided=True).eval())
+    network = networks.Turned(networks.RegistrationNetwork(guided=True)).eval()
     network.to(DEVICE, memory_format=torch.channels_last)
-    register, taken = propagation.register, []
 
-    def whole():
+    def propagate():
         with contextlib.redirect_stderr(io.StringIO()):
             propagate_labels.propagate_case(network, cache, cache.cases[0], settings, DEVICE)
+
+    return propagate
+
+
+def propagating(folder, rounds):
+    """Rows of propagating a case, and a dataset as large as M&Ms."""
+    whole = propagating_a_case(cache_of(folder / "slices.h5", 1, 25, 10, 192))
+    register, taken = propagation.register, []
 
     def recorded(*arguments):
         taken.append(arguments)

@@ -37,7 +37,8 @@ ALIKE = " in our layout" if DEVICE.type == "cpu" else " in our layout and precis
 class Ours:
     """The project's network, as `train_registration.py` and `networks.register` run it.
 
-    guided: with the labels of the moving slice as an input, as under the `strong` recipe.
+    guided: with the labels of the moving slice as an input, as under the `strong` recipe; that carries labels
+    by two such passes (`networks.Turned`).
     """
 
     def __init__(self, size, guided=False):

@@ -231,9 +231,9 @@ class Results:
 def table_row(model, rows, score="dice"):
     """Table 1's row of a model: the plain mean of the non-NaN scores by region, by vendor and in all."""
     row = {"model": model}
-    row |= {region: mean(r[score] for r in rows if r["region"] == region) for region in REGIONS}
-    row |= {vendor: mean(r[score] for r in rows if r["vendor"] == vendor) for vendor in VENDORS}
-    return {**row, "total": mean(r[score] for r in rows)}
+    for name in TABLE[1:]:
+        row[name] = mean(r[score] for r in rows if name in (r["region"], r["vendor"], "total"))
+    return row
 
 
 def mean(values):
@@ -280,12 +280,9 @@ def clinical(rows):
 
 def comparison(rows):
     """`propagated` minus `original`, a patient's mean Dice each: in all, by vendor and by region."""
-    groups = {"all": rows}
-    for column, names in (("vendor", VENDORS), ("region", REGIONS)):
-        groups |= {name: [row for row in rows if row[column] == name] for name in names}
     found = []
-    for group, own in groups.items():
-        if own:
+    for group in ("all", *VENDORS, *REGIONS):
+        if own := [row for row in rows if group in ("all", row["vendor"], row["region"])]:
             scores = [_case_dice([row for row in own if row["model"] == model]) for model in MODELS]
             found.append({"group": group, **metrics.paired_comparison(*scores)})
     return found

@@ -36,26 +36,20 @@ def _standardised(image):
 
 
 def diffusion(velocity):
-    """Mean squared forward difference of a velocity (B, 2, h, w): VoxelMorph's smoothness, per pixel of its
-    grid.
-    """
+    """Mean squared forward difference, per pixel of its grid, of a velocity (B, 2, h, w): smoothness."""
     along_h = velocity[..., 1:, :] - velocity[..., :-1, :]
     along_w = velocity[..., 1:] - velocity[..., :-1]
     return (along_h.square().mean() + along_w.square().mean()) / 2
 
 
 def one_hot(labels):
-    """Labels (B, H, W), values 0 to 3 or IGNORED, to the regions LV, MYO, RV: (B, 3, H, W) float32; ignored
-    is 0.
-    """
+    """Labels (B, H, W), 0 to 3 or IGNORED (then 0), to regions LV, MYO, RV: (B, 3, H, W) float32."""
     regions = torch.arange(1, CLASSES, device=labels.device, dtype=labels.dtype)
     return (labels[:, None] == regions.view(1, -1, 1, 1)).float()
 
 
 def region_dice(labels, target):
-    """Dice of LV, MYO and RV, (3,), of two label maps (Z, H, W) of a case, on their device; NaN where neither
-    shows the region.
-    """
+    """Dice (3,) of LV, MYO, RV of two label maps (Z, H, W) of a case; NaN where both lack the region."""
     found, wanted = one_hot(labels), one_hot(target)
     return 2 * (found * wanted).sum((0, 2, 3)) / (found + wanted).sum((0, 2, 3))
 

@@ -23,7 +23,11 @@ from cardiac.preprocessing import intensity_window
 from cardiac.propagation import Propagated
 from cardiac.report import COLOURS, heart_box, labelled_cine, median_case, read_prediction
 
-PAIRED = "Difference of a patient's mean Dice; bootstrap over patients; p not corrected for so many rows."
+PAIRED = (
+    "Difference of a patient's mean Dice; bootstrap over patients; p not corrected for so many rows. Where "
+    "the expert lacks a region, a network that finds none has no score there, one that finds some has 0."
+)
+OTHERS = "The labels in propagation/ are not those that the networks were trained on, and are not shown."
 
 
 def write_report(folder, results, view, all_frames, propagation):
@@ -52,7 +56,7 @@ def write_report(folder, results, view, all_frames, propagation):
         "Volumes and function against the expert": _agreement(results)
         + _picture(folder / "bland_altman.png", "Bland-Altman plots of LV EDV, LV ESV and LV EF"),
         "Cases to look at": _viewer("cases", views),
-        "Propagated labels": _propagation(results.cache, propagation),
+        "Propagated labels": _propagation(results, propagation),
         "All cases": _cases(results, list(chosen)),
     }
     body = "\n".join(f"<h2>{head}</h2>{text}" if head else text for head, text in sections.items() if text)
@@ -184,14 +188,19 @@ def _case_view(folder, results, case, why, all_frames):
     return view | {"title": title, "start": frames.index(case.ed)}
 
 
-def _propagation(cache, folder):
-    """The cine of the case of median confidence, from ED to ES, and its confidence over time."""
+def _propagation(results, folder):
+    """The cine of the case of median confidence, from ED on, and its confidence over time."""
     if folder is None or not (folder / "labels.h5").exists():
         return ""
-    propagated = Propagated.read(folder / "labels.h5")
-    if not propagated.where or propagated.labels.shape[-1] != cache.size:
+    propagated, cache = Propagated.read(folder / "labels.h5"), results.cache
+    if not propagated.where:
         return ""
-    case = median_case([case for case in cache.split("Training") if case.labelled], propagated)
+    cases = {case.code: case for case in cache.split("Training") if case.labelled}
+    trained_on = results.trained.get("propagated", {}).get("labels") or propagated.digest()
+    known = cases.keys() >= {code for code, _, _ in propagated.where}
+    if not known or propagated.labels.shape[-1] != cache.size or trained_on != propagated.digest():
+        return f"<p>{OTHERS}</p>"
+    case = median_case(list(cases.values()), propagated)
     confidence, images, labels, names, notes = {}, {}, {}, {}, {}
     for (code, frame, _), value in zip(propagated.where, propagated.confidence):
         if code == case.code:
@@ -206,6 +215,7 @@ def _propagation(cache, folder):
     view = _view((cache.spacing,) * 2, images, {"labels": labels}, names, notes)
     view |= {"title": f"{case.code} (vendor {case.vendor})", "start": 0}
     view["curve"] = [mean(confidence[frame]) if frame in confidence else None for frame in images]
+    view["phases"] = {name: list(images).index(frame) for name, frame in case.phases.items()}
     what = "the Dice with the truth that the trust of its pixels lets expect"
     if propagated.trust is None:
         what = "the Dice of the label with itself after the way there and back"

@@ -167,7 +167,8 @@ def draw_volumes(path, image, labels, rows, phases, spacing, title):
     axes = curves.subplots()
     for region, colour in COLOURS.items():
         axes.plot(times, [row[f"{region}_ml"] for row in rows], ".-", color=colour, label=region)
-    for phase, frame in zip(("ED", "ES"), dict.fromkeys(phases)):
+    frames = dict(zip(dict.fromkeys(phases), ("ED", "ES")))
+    for frame, phase in frames.items():
         axes.axvline(times[frame], color="gray", linewidth=0.8, linestyle=":")
         axes.text(times[frame], 1, phase, transform=axes.get_xaxis_transform(), ha="center", va="bottom")
     unit = "frame" if rows[0]["time_ms"] is None else "time [ms]"
@@ -177,7 +178,6 @@ def draw_volumes(path, image, labels, rows, phases, spacing, title):
     box = heart_box(labels, spacing)
     filled = np.flatnonzero(labels.any(axis=(0, 1, 3))) if labels.any() else np.arange(image.shape[2])
     slices = np.unique(filled[np.round(np.array((0.15, 0.5, 0.85)) * (len(filled) - 1)).astype(int)])
-    frames = dict(zip(dict.fromkeys(phases), ("ED", "ES")))
     grid = pictures.subplots(len(frames), len(slices), squeeze=False)
     look = {"vmax": np.percentile(image, 99), "aspect": spacing[1] / spacing[0]}
     for line, (frame, phase) in zip(grid, frames.items()):

@@ -1,7 +1,7 @@
 """Labels through time: expert labels of ED (and ES) warped to the frames between."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import h5py
 import numpy as np
@@ -21,7 +21,9 @@ from cardiac.slices import SliceStore
 from cardiac.warp import compose, jacobian_determinant, warp
 from cardiac.workers import worker_pool
 
-NEAR_HEART_MM = 10  # folding counts within this distance of the labels, not over the whole image
+# Folding counts within this distance of the labels, not over the whole image: along either axis in `carry`,
+# in all directions in `_score_own_grid`.
+NEAR_HEART_MM = 10
 
 
 def load_registration(out, device):
@@ -136,9 +138,7 @@ def made_from(path):
 
 @torch.no_grad()
 def carried_to_es(network, store):
-    """Dice of ED's label with ES's, as it is and carried by the registration, mean over regions, for one
-    case.
-    """
+    """Dice of ED's label with ES's, as it is and as it is carried, mean over regions, of one case."""
     (case,) = store.cases
     ed, es = (store.frame(case, frame) for frame in (case.ed, case.es))
     source, target = (store.expert(case, frame) for frame in (case.ed, case.es))
@@ -280,10 +280,11 @@ def score_registration(network, cache, cases, settings, device, parts=UNKEPT):
 
 def _to_own_grid(network, cache, case, device):
     """ED's and ES's labels, ED's warped, all (X, Y, Z), spacing, Jacobian determinant (Z, X, Y)."""
-    store = SliceStore(cache, [case], device, place="file")  # of all frames, two are read
-    ed, es = (store.images(torch.from_numpy(store.cases[0].rows(frame))) for frame in (case.ed, case.es))
-    known = store.known(store.cases[0], case.ed)
-    displacement = own_grid_displacement(register(network, ed, es, known), case.grid(cache))
+    # of all frames, two are read; the label that is carried is given, whether training may know it or not
+    store = SliceStore(cache, [replace(case, withheld=())], device, place="file")
+    ed, es = (store.frame(store.cases[0], frame) for frame in (case.ed, case.es))
+    found = register(network, ed, es, store.expert(store.cases[0], case.ed))
+    displacement = own_grid_displacement(found, case.grid(cache))
     labels = load_labels(case)
     source = torch.from_numpy(labels[case.ed].transpose(2, 0, 1).copy()).to(device)
     warped = warp_labels(source, displacement).cpu().numpy().transpose(1, 2, 0)

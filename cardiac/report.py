@@ -11,7 +11,7 @@ from PIL import Image
 
 from cardiac import LABELS, REGIONS
 from cardiac.cases import load_case
-from cardiac.evaluation import prediction_path
+from cardiac.evaluation import counted, prediction_path
 from cardiac.files import read_csv, replacing, write_bytes
 from cardiac.losses import IGNORED
 from cardiac.networks import register, segment
@@ -73,9 +73,7 @@ def draw_curves(folder):
 
 
 def draw_registration(path, network, store, count=4):
-    """example.png: for middle slices of `count` cases, moving / fixed / warped / differences / grid /
-    Jacobian.
-    """
+    """example.png: middle slices of `count` cases: moving, fixed, warped, differences, grid, Jacobian."""
     cases = _spread(store.cases, count)
     figure = Figure((14, 2.15 * len(cases)), layout="constrained")
     grid = figure.subplots(len(cases), 7, squeeze=False)
@@ -107,9 +105,7 @@ def _spread(cases, count):
 
 
 def draw_segmentation(path, network, store, count=4):
-    """example.png: middle slices of `count` validation cases at ED and ES, the expert's contours and the
-    network's.
-    """
+    """example.png: middle slices of `count` cases at ED and ES, expert's and network's contours."""
     cases = _spread(store.cases, count)
     figure = Figure((2.4 * 4, 2.6 * len(cases)), layout="constrained")
     for axes, case in zip(figure.subplots(len(cases), 4, squeeze=False), cases):
@@ -165,14 +161,15 @@ def draw_bland_altman(path, results):
             axes.axhline(0, color="black", linewidth=0.4, alpha=0.5)
             axes.margins(0.12, 0.15)
             title = "{quantity}\nbias {bias:+.1f} [{loa_low:+.1f}, {loa_high:+.1f}]".format(**found)
-            if "EF" in quantity:  # next to no volume at ED makes anything of it
-                axes.set(xlim=np.clip(axes.get_xlim(), -20, 120), ylim=np.clip(axes.get_ylim(), -110, 110))
+            if "EF" in quantity:
                 outside = np.count_nonzero(np.abs(difference) > 110)
                 title += f", {outside} outside" if outside else ""
             axes.set_title(title.replace("_", " "), fontsize=9)
             axes.set_ylabel(f"{model} - expert", fontsize=9)
             axes.set_xlabel("mean of both", fontsize=9)
             axes.spines[["top", "right"]].set_visible(False)
+    # of EF, which all models share; next to no volume at ED makes anything of it
+    axes.set(xlim=np.clip(axes.get_xlim(), -20, 120), ylim=np.clip(axes.get_ylim(), -110, 110))
     save_figure(figure, path)
 
 
@@ -227,9 +224,9 @@ def _draw_grid(axes, displacement, every=5):
 
 
 def draw_cine(path, cache, cases, propagated):
-    """cine.gif: three slices of one case through the propagated frames, from ED to ES, contours beating.
+    """cine.gif: three slices of one case through the labelled frames, from ED on, contours beating.
 
-    The case is the one of median confidence. Without propagated labels a single frame, ED, is drawn.
+    The case is the one of median confidence. Without propagated labels the expert's frames alone are drawn.
     """
     case = median_case(cases, propagated)
     frames = labelled_cine(cache, case, propagated)
@@ -273,7 +270,8 @@ def print_quality(rows):
     """Print the registration's quality: a line a split and region, before and after."""
     for split in dict.fromkeys(row["split"] for row in rows):
         part = [row for row in rows if row["split"] == split]
-        print(f"ED -> ES on {split}, {len(part) // len(REGIONS)} cases, 3-D on their own grids:")
+        cases = counted(len(part) // len(REGIONS), "case")
+        print(f"ED -> ES on {split}, {cases}, 3-D on their own grids:")
         for name in (*REGIONS, "mean"):
             chosen = [row for row in part if name in (row["region"], "mean")]
             names = [key for key in chosen[0] if key[:4] in ("dice", "hd95")]

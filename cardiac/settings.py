@@ -101,7 +101,7 @@ class TrainingSettings(Settings):
         0.0, "decay of the running average of the weights that is validated and kept; 0: none"
     )
     patience: int = setting(
-        10, "epochs without a lower validation loss before the learning rate is cut to a tenth"
+        10, "the learning rate is cut to a tenth after more epochs than this without a lower validation loss"
     )
     profile: bool = setting(False, "write a trace of a few steps to the run's folder, print what takes time")
 
@@ -152,7 +152,7 @@ class SegmentationSettings(TrainingSettings):
     STRONG: ClassVar = {**Settings.STRONG, "augment": True, "averaging": 0.99, "dice_weight": 1.0,
                         "expert_share": 0.5}  # fmt: skip
     expert_share: float = setting(
-        0.0, "share of a batch drawn from expert slices, the rest propagated; 0: every slice is as likely"
+        0.0, "chance that a slice drawn is an expert one, else propagated; 0: every slice is as likely"
     )
     dice_weight: float = setting(0.0, "weight of the soft Dice loss beside the cross-entropy")
     labels: str = setting("both", "labels to train on", choices=("original", "propagated", "both"))

@@ -120,9 +120,7 @@ def _place(size, device):
 
 @dataclasses.dataclass
 class PairBatch:
-    """Slices (B, 1, S, S) to register, their labels (B, S, S) (IGNORED where there are none), and which have
-    both.
-    """
+    """Slices (B, 1, S, S) to register, and their labels (B, S, S), IGNORED where there are none."""
 
     moving: torch.Tensor
     fixed: torch.Tensor
@@ -200,9 +198,7 @@ class LabelledSlices:
         return len(self.rows)
 
     def draw(self, batch_size, seed, step):
-        """This process's share of the slices of one step: images (B, 1, S, S), labels and trust (B, S, S)
-        uint8, 255 for 1.
-        """
+        """This process's share of a step: images (B, 1, S, S), labels and trust (B, S, S) uint8."""
         generator = step_generator(seed, step)
         which = torch.randint(len(self), (batch_size,), generator=generator)
         propagated = len(self) - self.expert

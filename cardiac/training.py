@@ -40,9 +40,7 @@ class Task(Protocol):
         """A dict of scalar tensors. "loss" is minimised, the others are logged."""
 
     def validate(self):
-        """A dict of numbers: "val_loss" drives the plateau schedule, "score" (larger is better) picks
-        best.pt.
-        """
+        """A dict of numbers: "val_loss" drives the schedule, "score" (the larger) picks best.pt."""
 
 
 def fit(task, settings, folder, device, outcome="curves.png"):
@@ -165,13 +163,16 @@ class Run:
             return self.task.validate()
 
     def save(self, name="last.pt"):
-        """Write a checkpoint, in the first process; InputError rather than weights that are not finite."""
+        """Write a checkpoint, in the first process; InputError rather than weights that are not finite. Of
+        best.pt, which no training goes on from, nobody reads more than the network.
+        """
         if parallel.RANK:
             return
         self.meter.read()
         if not all(weight.isfinite().all() for weight in self.network.parameters()):
             raise InputError(f"the weights are not finite after step {self.progress.step}; {HELP}")
-        state = {name: part.state_dict() for name, part in self.parts.items()}
+        parts = self.parts if name == "last.pt" else {"network": self.network}
+        state = {part: value.state_dict() for part, value in parts.items()}
         write_checkpoint(self.folder / name, {**state, "progress": dataclasses.asdict(self.progress)})
         self.meter.saved = time.perf_counter()
 
@@ -187,9 +188,7 @@ class WeightAverage:
         self.network, self.decay, self.average, self._pairs = network, decay, {}, None
 
     def update(self, step):
-        """Count the weights after `step` steps; the decay grows to its full value, to forget the start
-        sooner.
-        """
+        """Count the weights after `step` steps; the decay grows, to forget the start sooner."""
         if not self.decay:
             return
         if not self._pairs:  # of the tensors themselves, which stay where they are
@@ -229,9 +228,7 @@ class WeightAverage:
 
 
 class Meter:
-    """Sums of the losses on the device, the clock, the progress bar, and the watch for a loss that is not
-    finite.
-    """
+    """Sums of the losses on the device, clock, progress bar, and watch for a loss that is not finite."""
 
     def __init__(self, progress, total, batch_size, device):
         self.progress, self.batch_size, self.device = progress, batch_size, device
@@ -279,9 +276,7 @@ class Meter:
         self.names, self.sums, self.progress.sums = (), None, {}
 
     def timing(self):
-        """The timing columns of log.csv, since the last call: the only columns that differ between equal
-        runs.
-        """
+        """Columns of log.csv, since the last call: the only ones that differ between equal runs."""
         now = time.perf_counter()
         seconds, steps = now - self.epoch_clock, self.progress.step - self.epoch_step
         row = {

@@ -127,6 +127,7 @@ def interval(differences, resamples=10_000):
     """Mean and 95 % bootstrap interval of differences (repetitions, patients), resampled, NaN left out."""
     generator = np.random.default_rng(0)
     differences = np.atleast_2d(differences)
+    differences = differences[:, ~np.isnan(differences).all(0)]
     repetitions, patients = differences.shape
     means = []
     for _ in range(resamples):
@@ -136,9 +137,11 @@ def interval(differences, resamples=10_000):
 
 
 def by_seed(rows, keep):
-    """Mean Dice of each seed and patient, (seeds, patients), of the rows that `keep(row)` chooses."""
+    """Mean Dice of each seed and patient of `rows`, (seeds, patients), over the rows that `keep(row)`
+    chooses; NaN where there is none.
+    """
     means = patient_means(rows, keep)
-    seeds, cases = (sorted(set(names)) for names in zip(*means))
+    seeds, cases = (sorted({row[name] for row in rows}) for name in ("seed", "case"))
     return np.array([[means.get((seed, case), np.nan) for case in cases] for seed in seeds])
 
 

@@ -6,7 +6,7 @@ For every seed and recipe: register, propagate, and score every slice that lies 
 case's own grid. Rows that are in OUT/slices.csv already are not made again. Ends with two tables, of the
 slices that a recipe keeps and of those that both keep, mean over seeds (and standard deviation): Dice in 3-D;
 the error (1 - Dice) of the 80 % most trusted slices beside that of the rest; Spearman's correlation of a
-slice's true Dice with its confidence, its place (distance from the middle of the labelled slices) and the
+slice's true Dice with its confidence, its place (nearness to the middle of the labelled slices) and the
 area of its label.
 """
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from copy import deepcopy
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from datasets import MMS_CASES, Tiny, heart, write_mms, write_nifti
 
 import evaluate
-from cardiac import REGIONS, evaluation, predict
+from cardiac import REGIONS, evaluation, metrics, page, predict, report
 from cardiac.cache import open_cache
 from cardiac.cases import VENDORS
 from cardiac.files import InputError, read_csv, read_json, write_csv
@@ -18,6 +20,7 @@ from cardiac.metrics import largest_component
 from cardiac.nifti import write_labels
 from cardiac.predict import find_scans
 from cardiac.preprocessing import most_likely, one_hot
+from cardiac.propagation import Propagated
 from cardiac.settings import EvaluationSettings
 
 TESTING = [case for case in MMS_CASES if case.folder == "Testing"]
@@ -235,6 +238,48 @@ def test_finished_work_is_not_done_twice(evaluated, run, capsys):
     assert not any(name == "cases.csv" or name.endswith(".nii.gz") for name in changed)
     tables = ("cases.csv", "table.csv", "table_largest.csv", "agreement.csv", "comparison.csv")
     assert all((run.folder / name).read_bytes() == (evaluated.folder / name).read_bytes() for name in tables)
+
+
+def test_the_report_shows_the_labels_that_were_trained_on_alone(run, tmp_path):
+    """Propagated anew since, of other patients or otherwise, they are not what the scores are about."""
+    report, path = run.folder / "report.html", run.out / "propagation" / "labels.h5"
+    assert 'id="propagation-data"' in report.read_text()
+    propagated = Propagated.read(path)
+    changed, other_patients = deepcopy(propagated), deepcopy(propagated)
+    changed.labels[0] = 0
+    other_patients.where = [("Z9Z9Z9", *place) for _, *place in propagated.where]
+    for labels in (changed, other_patients):
+        labels.write(path, "something else")
+        for models in (("original", "propagated"), ("original",)):
+            for model in {"original", "propagated"} - set(models):
+                shutil.move(run.out / "segmentation" / model, tmp_path / model)
+            assert run("--overwrite") == 0
+            shown = labels is changed and models == ("original",)
+            assert ('id="propagation-data"' in report.read_text()) == shown
+            assert (page.OTHERS in report.read_text()) != shown
+        shutil.move(tmp_path / "propagated", run.out / "segmentation" / "propagated")
+
+
+def test_no_point_of_a_bland_altman_plot_is_out_of_view(monkeypatch):
+    """The plots of a quantity share their axes, whichever model errs more."""
+    drawn = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: drawn.append(figure))
+    reference = np.linspace(40, 70, 8)
+    wrong = {"original": 0.3, "propagated": -46.0}
+    measured = {model: (reference + error * (np.arange(8) % 2), reference) for model, error in wrong.items()}
+    quantities = ("LV_EDV_ml", "LV_ESV_ml", "LV_EF_percent")
+    agreement = [{"model": model, "quantity": name, **metrics.agreement(*pair)}
+                 for model, pair in measured.items() for name in quantities]  # fmt: skip
+    results = SimpleNamespace(
+        models=list(wrong), agreement=agreement, measured=lambda model, quantity: measured[model]
+    )
+    report.draw_bland_altman("unused.png", results)
+    (figure,) = drawn
+    assert len(figure.axes) == 6
+    for axes in figure.axes:
+        low, high = axes.get_ylim()
+        for line in axes.lines:
+            assert low <= np.min(line.get_ydata()) <= np.max(line.get_ydata()) <= high
 
 
 def test_a_model_that_is_missing_is_a_missing_row(run, capsys):

@@ -54,6 +54,17 @@ def test_an_interval_leaves_out_what_a_repetition_lacks():
     assert interval(differences, resamples=400) == pytest.approx(expected, abs=0.05)
 
 
+def test_patients_without_a_score_of_one_model_are_not_taken_for_others():
+    from common import by_seed, interval
+
+    scores = {"one": {"A": 0.9, "B": 0.6}, "other": {"B": 0.6, "C": 0.2}, "none": {"D": 0.1}}
+    rows = [{"seed": "0", "model": model, "case": case, "dice": str(dice)}
+            for model, own in scores.items() for case, dice in own.items()]  # fmt: skip
+    one, other = (by_seed(rows, lambda row, m=model: row["model"] == m) for model in ("one", "other"))
+    np.testing.assert_array_equal(one, [[0.9, 0.6, np.nan, np.nan]])
+    assert interval(one - other, resamples=100) == (0, 0, 0), "B alone has both"
+
+
 def test_the_folder_of_acdc_holds_what_the_download_has(tmp_path, monkeypatch):
     import acdc_folder
 

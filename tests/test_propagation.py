@@ -260,6 +260,21 @@ def test_on_the_own_grid_the_experts_labels_are_kept(swinging):
         assert (labels[..., :2, frame] != truth[frame][:2].transpose(1, 2, 0)).mean() < 0.003
 
 
+@pytest.mark.parametrize("withheld", [(), (1,), (4,)])
+def test_quality_carries_the_label_of_ed_whether_training_knows_it_or_not(swinging, withheld):
+    cache, case, truth = swinging
+    seen = []
+
+    def guided(moving, fixed, regions):
+        seen.append(regions.sum(1) > 0)
+        return follower(moving, fixed, regions)
+
+    case = dataclasses.replace(case, withheld=withheld)
+    rows = propagation.score_registration(guided, cache, [case], Settings(workers=1), CPU)
+    assert all(row["dice_after"] > row["dice_before"] + 0.15 for row in rows)
+    assert torch.cat(seen)[:2].any((1, 2)).all()
+
+
 def test_quality_of_a_perfect_registration_is_perfect_on_the_own_grid(swinging):
     cache, case, _ = swinging
     settings = Settings(workers=1)

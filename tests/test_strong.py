@@ -50,8 +50,6 @@ def test_strong_runs_resume_bit_for_bit(place, tiny_data, tmp_path):
     settings = read_json(tmp_path / "once" / place / "config.json")["settings"]
     assert settings["augment"] is True
     assert settings["averaging"] > 0
-    best = torch.load(tmp_path / "once" / place / "best.pt", weights_only=True)
-    assert all(torch.equal(best["network"][name], best["average"][name]) for name in best["average"])
     assert any(not torch.equal(once["network"][name], once["average"][name]) for name in once["average"])
 
 
@@ -74,7 +72,7 @@ def test_labels_are_carried_and_scored_by_a_pair_and_the_turned_pair(tiny_data, 
     (out / "registration" / "config.json").write_text(json.dumps(config))
     network, _ = propagation.load_registration(out, torch.device("cpu"))
     assert type(network) is RegistrationNetwork
-    assert weights_digest(network) == before, "it is the weights that labels.h5 is told by"
+    assert weights_digest(network) != before, "labels.h5 is told by it"
 
 
 def test_average_follows_the_weights_and_is_put_back():
