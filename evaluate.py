@@ -17,7 +17,8 @@ from cardiac.parts import PARTS, Parts
 from cardiac.run import cases_digest, choose_device, dataset_identity, describe, run_folder, script
 from cardiac.settings import EvaluationSettings, parse
 
-KNOWN = {"labelled_phases": "both", "labelled_cases": None}  # of runs that are older than these settings
+# of runs that are older than these settings
+KNOWN = {"labelled_phases": "both", "labelled_cases": None, "held_out": None}
 SCORED_BY = ("all_frames", "largest_component", "mirrored")  # settings that scores depend on
 
 

@@ -92,7 +92,8 @@ def main(argv):
     settings = parse(RegistrationSettings, argv, __doc__, own=("registration",))
     device = choose_device(settings.device)
     cache = from_first(open_cache, settings)
-    training, validation, _ = cache.training_and_validation(settings.seed)
+    training, validation, _ = cache.training_and_validation(settings.seed, settings.held_out)
+    settings.held_out = [case.code for case in validation if case.split == "Training"]  # for config.json
     with in_first(run_folder(settings, "registration", cache.cases)) as folder:
         store = SliceStore(cache, training, device, "training")
         task = Registration(settings, store, SliceStore(cache, validation, device, "validation"))

@@ -130,13 +130,14 @@ class Cache:
         """The cases of these splits."""
         return [case for case in self.cases if case.split in names]
 
-    def training_and_validation(self, seed, say=print):
+    def training_and_validation(self, seed, held_out=None, say=print):
         """The cases to train on, to validate on, and to log alone: three lists.
 
         Validated on are labelled Validation cases of vendors that have training labels; those of other
         vendors are logged and decide nothing. Without the former, 20 % of the labelled training patients by
-        seed, at least one; with one patient, that patient, with a warning. Raises InputError without training
-        labels. `say` is told of a Validation that there is not.
+        seed, at least one. held_out: codes of those, of a run that has chosen them, [] for none; None: not
+        yet chosen. Where no other patient has labels, they are trained on, too. `say` is told of held-out
+        patients. Raises InputError without training labels, and for a code that is not of such a patient.
         """
         training = self.split("Training")
         labelled = [case for case in training if case.labelled]
@@ -146,16 +147,22 @@ class Cache:
         validation = [case for case in self.split("Validation") if case.labelled]
         unseen = [case for case in validation if case.vendor not in seen]
         validation = [case for case in validation if case.vendor in seen]
-        if validation:
+        if validation and not held_out:
             return training, validation, unseen
-        if len(labelled) == 1:
-            say(f"warning: no Validation and one patient: {labelled[0].code} is trained and validated on")
-            return training, labelled, unseen
-        chosen = np.random.default_rng(seed).permutation(len(labelled))[: max(1, len(labelled) // 5)]
-        validation = [labelled[k] for k in sorted(chosen)]
-        what = "no Validation of vendors that are trained on" if unseen else "no Validation"
-        say(f"{what}: {len(validation)} of {len(labelled)} training patients are held out for it: "
-            + ", ".join(case.code for case in validation))  # fmt: skip
+        why = "held out for validation"
+        if not held_out:
+            order = np.random.default_rng(seed).permutation(len(labelled))
+            held_out = [labelled[k].code for k in order[: max(1, len(labelled) // 5)]]
+            why = f"no Validation{' of vendors that are trained on' if unseen else ''}: {why}"
+        unknown = set(held_out) - {case.code for case in labelled}
+        if unknown:
+            raise InputError(f"--held-out {sorted(unknown)[0]}: no labelled case of Training of {self.root}")
+        validation = [case for case in labelled if case.code in held_out]
+        codes = ", ".join(case.code for case in validation)
+        if len(validation) == len(labelled):
+            say(f"warning: no other patient has labels: {codes} trained and validated on")
+            return training, validation, unseen
+        say(f"{why}: {len(validation)} of {len(labelled)} training patients, {codes}")
         return [case for case in training if case not in validation], validation, unseen
 
 

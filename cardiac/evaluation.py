@@ -125,7 +125,8 @@ class Results:
         self.used = self.trained[self.models[0]]["settings"]  # what a run differs in is not read from here
         training = self.cache.split("Training")
         if self.own and any(case.labelled for case in training):
-            training, *_ = self.cache.training_and_validation(self.used["seed"], say=lambda text: None)
+            chosen = self.used["seed"], self.used["held_out"]
+            training, *_ = self.cache.training_and_validation(*chosen, say=lambda text: None)
         self.learnt_from = [case for case in training if case.labelled]
         self.seen = {case.vendor for case in self.learnt_from}  # vendors whose labels were trained on
         self.unlabelled = {case.vendor for case in training} - self.seen

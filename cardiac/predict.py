@@ -30,6 +30,8 @@ def find_scans(paths):
     """
     files = []
     for path in paths:
+        if not path.exists():
+            raise InputError(f"{shown(path)}: no such file or folder")
         if path.is_dir():
             inside = sorted(f for f in path.rglob("*") if _stem(f) and not _stem(f).endswith(NOT_IMAGES))
             if not inside:

@@ -73,11 +73,13 @@ class Settings:
         weights = ("smoothness", "dice_weight", "difference_weight")
         limits = dict.fromkeys(("workers", "patience", *weights), (0, float("inf")))
         limits |= dict.fromkeys(("averaging", "labelled_share", "expert_share"), (0, 1))
-        limits |= {"spacing": (0.05, 100), "seed": (0, 2**63 - 1), "lr": (0, 1000)}
+        limits |= {"size": (16, 4096), "spacing": (0.05, 100), "seed": (0, 2**63 - 1), "lr": (0, 1000)}
         for name, (least, largest) in limits.items():
             value = getattr(self, name, least)
             if not least <= value <= largest:
                 raise InputError(f"--{name.replace('_', '-')} {value}: must lie from {least} to {largest}")
+        if not all(isinstance(code, str) for code in getattr(self, "held_out", None) or ()):
+            raise TypeError("held_out: not a list of codes")
         batch, shares = getattr(self, "batch_size", None), processes()
         if shares > 1 and batch is None:
             raise InputError("this script is one process; torchrun is for the training scripts")
@@ -96,6 +98,11 @@ class TrainingSettings(Settings):
     lr: float = setting(1e-3, "learning rate of Adam")
     labelled_phases: str = LABELLED_PHASES
     labelled_cases: int = LABELLED_CASES
+    held_out: list = setting(
+        None, "labelled Training patients to validate on (default: those that the run began with; at first "
+        "none where Validation has cases of vendors with training labels, else a fifth, chosen by seed)",
+        type=str, nargs="+", metavar="CODE",
+    )
     augment: bool = setting(False, "a random transform for every sample (`augment.py`)")
     averaging: float = setting(
         0.0, "decay of the running average of the weights that is validated and kept; 0: none"

@@ -335,8 +335,9 @@ def cached(code, split, vendor="A", labelled=True):
     return CachedCase(**known)
 
 
-def split(*cases, seed=0):
-    training, validation, unseen = Cache(None, "root", "x", 32, 1.0, cases).training_and_validation(seed)
+def split(*cases, seed=0, held_out=None):
+    cache = Cache(None, "root", "x", 32, 1.0, cases)
+    training, validation, unseen = cache.training_and_validation(seed, held_out)
     return [[case.code for case in part] for part in (training, validation, unseen)]
 
 
@@ -355,13 +356,24 @@ def test_without_validation_a_fifth_of_the_labelled_patients_is_held_out(patient
     assert sorted(training + validation) == sorted(case.code for case in cases)
     assert "U" in training
     assert not unseen
-    assert f"{held_out} of {patients} training patients are held out" in capsys.readouterr().out
+    assert f"held out for validation: {held_out} of {patients} training patients" in capsys.readouterr().out
 
 
 def test_the_held_out_depend_on_the_seed_alone():
     cases = [cached(f"T{k}", "Training") for k in range(20)]
     assert split(*cases, seed=3) == split(*cases, seed=3)
     assert len({tuple(split(*cases, seed=seed)[1]) for seed in range(5)}) > 1
+
+
+def test_who_was_held_out_stays_held_out_when_a_validation_comes(capsys):
+    patients = [cached(f"T{k}", "Training") for k in range(9)]
+    came = [cached("VA", "Validation"), cached("VC", "Validation", "C")]
+    before = split(*patients)
+    assert split(*patients, *came, held_out=before[1]) == [*before[:2], ["VC"]]
+    assert split(*patients, *came, held_out=[]) == split(*patients, *came), "none were"
+    assert split(*patients, held_out=[]) == before, "a Validation that has gone"
+    with pytest.raises(InputError, match="--held-out VA: no labelled case of Training"):
+        split(*patients, *came, held_out=["T1", "VA"])
 
 
 def test_validation_of_unseen_vendors_alone_decides_nothing():
@@ -375,6 +387,7 @@ def test_validation_of_unseen_vendors_alone_decides_nothing():
 def test_one_patient_is_trained_and_validated_on_with_a_warning(capsys):
     assert split(cached("T1", "Training"), cached("U", "Training", "C", False)) == [["T1", "U"], ["T1"], []]
     assert "warning" in capsys.readouterr().out
+    assert split(cached("T1", "Training"), held_out=["T1"]) == [["T1"], ["T1"], []], "and again"
 
 
 def test_without_training_labels_there_is_nothing_to_learn():

@@ -489,6 +489,12 @@ def test_scans_are_named_apart(tmp_path):
     assert list(find_scans([tmp_path / "p1" / "sa_gt.nii.gz"])) == ["sa_gt"]
 
 
+def test_a_scan_that_is_not_there_is_told(run, tmp_path, capsys):
+    for name in ("none", "none.nii.gz"):
+        assert run("--predict", tmp_path / name, data=None) == 2
+        assert f"{tmp_path / name}: no such file or folder" in capsys.readouterr().err
+
+
 def test_bad_scans_are_refused_before_anything_is_written(run, tmp_path, capsys):
     image, _ = heart((40, 36, 2, 2), 0, 1)
     write_nifti(tmp_path / "good.nii.gz", image)

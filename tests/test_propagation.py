@@ -523,5 +523,34 @@ def test_without_validation_the_held_out_patient_gives_no_labels_to_training(tmp
     capsys.readouterr()
     assert train_segmentation.main([*words, *SHORT, "--channels", "1"]) == 0
     out = capsys.readouterr().out
-    assert "1 of 3 training patients are held out" in out
+    assert "held out for validation: 1 of 3 training patients" in out
     assert "propagated: 12 expert slices + 6 propagated" in out
+
+
+def test_a_validation_that_comes_later_does_not_change_what_a_run_is_trained_on(tmp_path, capsys):
+    patients = [Tiny("A0A0A0"), Tiny("B0B0B0", vendor="B", ed=4, es=1), Tiny("C0C0C0", vendor="C")]
+    came = [Tiny("V0V0V0", "Validation", vendor="A"), Tiny("V1V1V1", "Validation", vendor="B")]
+    write_mms(tmp_path / "bare", [*patients, Tiny("T0T0T0", "Testing")])
+    words = ["--data", str(tmp_path / "bare"), "--out", str(tmp_path / "run")]
+    train = [*words, *SHORT, "--channels", "1", "--labels", "original"]
+    assert train_segmentation.main(train) == 0
+    assert evaluate.main(words) == 0
+    table = tmp_path / "run" / "evaluation" / "table.md"
+    before = table.read_text()
+    assert "2 patients, of vendor" in before
+    write_mms(tmp_path / "more", [*patients, Tiny("T0T0T0", "Testing"), *came])
+    shutil.rmtree(tmp_path / "bare")
+    (tmp_path / "more").rename(tmp_path / "bare")
+    assert evaluate.main([*words, "--overwrite"]) == 0
+    assert table.read_text() == before
+    capsys.readouterr()
+    train[train.index("--max-steps=2")] = "--max-steps=4"
+    assert train_segmentation.main(train) == 0
+    assert "original: 12 expert slices" in capsys.readouterr().out
+    assert train_segmentation.main([*train, "--held-out", "A0A0A0", "B0B0B0"]) == 2
+    assert "contradicts --held-out" in capsys.readouterr().err
+    for out, held_out in (("other", ["A0A0A0", "B0B0B0"]), ("new", [])):
+        train[train.index("--out") + 1] = str(tmp_path / out)
+        assert train_segmentation.main([*train, *(held_out and ["--held-out", *held_out])]) == 0
+        slices = 6 if held_out else 18
+        assert f"original: {slices} expert slices" in capsys.readouterr().out
