@@ -44,7 +44,13 @@ def work(folder):
         run = Run(task, task.settings, folder, DEVICE)
         run.begin().bar.disable = True
         found[f"{name}: a step"] = run.step
-    return {**found, "propagating a case": BATCHES_OF_A_GPU(propagating_a_case(cache))}
+    propagate = propagating_a_case(cache)
+
+    def propagating():
+        with BATCHES_OF_A_GPU:
+            propagate()
+
+    return {**found, "propagating a case": propagating}
 
 
 def operations(function):
