@@ -215,7 +215,8 @@ def _propagation(results, folder):
     view = _view((cache.spacing,) * 2, images, {"labels": labels}, names, notes)
     view |= {"title": f"{case.code} (vendor {case.vendor})", "start": 0}
     view["curve"] = [mean(confidence[frame]) if frame in confidence else None for frame in images]
-    view["phases"] = {name: list(images).index(frame) for name, frame in case.phases.items()}
+    order = list(images)  # ES is not in it where its label is withheld and none was carried there
+    view["phases"] = {name: order.index(frame) for name, frame in case.phases.items() if frame in images}
     what = "the Dice with the truth that the trust of its pixels lets expect"
     if propagated.trust is None:
         what = "the Dice of the label with itself after the way there and back"

@@ -1,15 +1,20 @@
 """The figures' helpers, and report.html in a headless browser."""
 
+import json
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import evaluate
 from cardiac import page
+from cardiac.cache import open_cache
+from cardiac.propagation import Propagated
 from cardiac.report import heart_box
+from cardiac.settings import PropagationSettings
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = """--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking
@@ -105,6 +110,20 @@ def test_report_works_in_a_browser(evaluation, tmp_path, width):
     assert seen, found.stderr[-2000:]
     assert "FAILED" not in seen[1], seen[1]
     assert "play=ok" in seen[1]
+
+
+def test_the_curve_marks_only_phases_that_have_a_label(tiny_data, tmp_path):
+    words = {"size": 32, "spacing": 2.0, "workers": 1, "labelled_phases": "ED"}
+    cache = open_cache(PropagationSettings(data=tiny_data, cache=tmp_path, **words))
+    case = next(case for case in cache.split("Training") if case.labelled)
+    frame = next(frame for frame in range(case.frames) if frame not in (case.ed, case.es))
+    labels = np.zeros((1, 32, 32), np.uint8)
+    labels[0, 10:20, 10:20] = 1
+    Propagated(labels, [(case.code, frame, 1)], np.ones(1)).write(tmp_path / "labels.h5", "")
+    text = page._propagation(SimpleNamespace(trained={}, cache=cache), tmp_path)
+    (view,) = json.loads(re.search('id="propagation-data">(.*?)</script>', text)[1])
+    assert [each["name"] for each in view["frames"]] == [f"{case.ed} (ED, expert)", f"{frame} (propagated)"]
+    assert view["phases"] == {"ED": 0}
 
 
 def test_embedded_data_cannot_end_its_script():
