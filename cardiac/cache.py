@@ -153,7 +153,7 @@ class Cache:
         if not held_out:
             order = np.random.default_rng(seed).permutation(len(labelled))
             held_out = [labelled[k].code for k in order[: max(1, len(labelled) // 5)]]
-            why = f"no Validation{' of vendors that are trained on' if unseen else ''}: {why}"
+            why = f"no Validation{' of vendors that are trained on' if unseen else ''}; {why}"
         unknown = set(held_out) - {case.code for case in labelled}
         if unknown:
             raise InputError(f"--held-out {sorted(unknown)[0]}: no labelled case of Training of {self.root}")
