@@ -196,9 +196,10 @@ def _propagation(results, folder):
     if not propagated.where:
         return ""
     cases = {case.code: case for case in cache.split("Training") if case.labelled}
-    trained_on = results.trained.get("propagated", {}).get("labels") or propagated.digest()
     known = cases.keys() >= {code for code, _, _ in propagated.where}
-    if not known or propagated.labels.shape[-1] != cache.size or trained_on != propagated.digest():
+    trained_on = results.trained.get("propagated", {}).get("labels")  # None: such a network is not scored
+    others = trained_on and trained_on != propagated.digest()
+    if others or not known or propagated.labels.shape[-1] != cache.size:
         return f"<p>{OTHERS}</p>"
     case = median_case(list(cases.values()), propagated)
     confidence, images, labels, names, notes = {}, {}, {}, {}, {}

@@ -70,7 +70,7 @@ def run(model, seed, words, others):
     typed = [*common, *grid, *budget, *chosen, *others]
     settings = parse(SegmentationSettings, typed, None, own=("segmentation/original",))
     device, cache = choose_device(settings.device), open_cache(settings)
-    training, validation, unseen = cache.training_and_validation(seed)
+    training, validation, unseen = cache.training_and_validation(seed, settings.held_out)
     store = SliceStore(cache, [case for case in training if case.labelled], device, "training")
     with run_folder(settings, "segmentation/original", cache.cases) as folder:
         validated = SliceStore(cache, validation + unseen, device)

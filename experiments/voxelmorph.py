@@ -191,7 +191,7 @@ def contest(words, others, seed):
     typed = [*common, "--out", str(words.out / f"seed{seed}"), *grid, *others]
     settings = parse(RegistrationSettings, typed, None, own=("contest",))
     cache, device = open_cache(settings), torch.device("cpu")
-    training, validation, _ = cache.training_and_validation(settings.seed)
+    training, validation, _ = cache.training_and_validation(settings.seed, settings.held_out)
     cases = {"Training": training, "Validation": validation, "Testing": cache.split("Testing")}
     for split in ("Validation", "Testing"):
         cases[split] = [case for case in cases[split] if len(case.expert) == 2]

@@ -29,27 +29,24 @@ SCRIPTS = {
 def test_strong_runs_resume_bit_for_bit(place, tiny_data, tmp_path):
     script, words = SCRIPTS[place]
     words = [*GRID.split(), *words.split(), *(["--labels", "original"] if "segmentation" in place else [])]
-    for out, limits in (("once", (4,)), ("twice", (2, 4))):
+
+    def trained(out, *limits):
+        """The checkpoints last.pt and best.pt of a run that was stopped at these steps."""
         for steps in limits:
-            command = [
-                "--data",
-                str(tiny_data),
-                "--out",
-                str(tmp_path / out),
-                *words,
-                "--max-steps",
-                str(steps),
-            ]
-            assert script.main(command) == 0
-    once, twice = (
-        torch.load(tmp_path / out / place / "last.pt", weights_only=True) for out in ("once", "twice")
-    )
+            command = ["--data", str(tiny_data), "--out", str(tmp_path / out), *words]
+            assert script.main([*command, "--max-steps", str(steps)]) == 0
+        names = ("last.pt", "best.pt")
+        return (torch.load(tmp_path / out / place / name, weights_only=True) for name in names)
+
+    (once, best), (twice, _) = trained("once", 4), trained("twice", 2, 4)
     for part in ("network", "average"):
         assert once[part].keys() == twice[part].keys()
         assert all(torch.equal(once[part][name], twice[part][name]) for name in once[part])
     settings = read_json(tmp_path / "once" / place / "config.json")["settings"]
     assert settings["augment"] is True
     assert settings["averaging"] > 0
+    then, _ = trained("until", best["progress"]["step"])
+    assert all(torch.equal(best["network"][name], then["average"][name]) for name in then["average"])
     assert any(not torch.equal(once["network"][name], once["average"][name]) for name in once["average"])
 
 
