@@ -19,7 +19,7 @@ from cardiac.parts import Parts
 from cardiac.preprocessing import to_slices
 from cardiac.workers import worker_pool
 
-SCHEMA = 3
+SCHEMA = 4
 PREPROCESSING = ("size", "spacing", "crop")  # settings that the slices depend on
 LONGEST_PROBLEM = 500  # characters that are kept of why a case was left out
 
