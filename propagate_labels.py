@@ -31,7 +31,7 @@ def main(argv):
     if not cases:
         raise InputError(f"{cache.root}: no case of Training has labels; there is nothing to propagate")
     rules = f"registration of step {trained.step}, {weights_digest(network)}, {settings.frames}, "
-    rules += f"{settings.recipe}, trust {trust.RULES if settings.trust else None}"
+    rules += f"{settings.recipe}, trust {trust.RULES if settings.trust else None}, {settings.instance_steps}"
     made_from = f"{rules}, {cases_digest(cases)}"
     with run_folder(settings, "propagation", cache.cases) as folder:
         path = folder / "labels.h5"
@@ -97,7 +97,8 @@ def propagate_case(network, cache, case, settings, device):
     for start, end, frames in propagation.intervals(case, settings.frames):
         if not frames:
             continue
-        found = propagation.propagate_interval(network, store, start, end, frames, settings.trust)
+        rules = settings.trust, settings.instance_steps
+        found = propagation.propagate_interval(network, store, start, end, frames, *rules)
         kept = np.zeros(found.confidence.shape, bool)
         for f, z in np.ndindex(kept.shape):
             kept[f, z] = found.source[f][z] and not found.fault[f][z]

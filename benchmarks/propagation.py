@@ -21,7 +21,7 @@ CASES = 150  # labelled training patients of M&Ms
 
 def propagating_a_case(cache):
     """A function that propagates the first case of a cache under the strong recipe."""
-    settings = PropagationSettings(recipe="strong", trust=True)
+    settings = PropagationSettings(recipe="strong", **PropagationSettings.STRONG)
     network = networks.Turned(networks.RegistrationNetwork(guided=True)).eval()
     network.to(DEVICE, memory_format=torch.channels_last)
 
@@ -32,27 +32,37 @@ def propagating_a_case(cache):
     return propagate
 
 
+def calls_of(function, *names):
+    """A function that makes the calls to these functions of `propagation` that `function` makes."""
+    made = []
+
+    def recording(called):
+        def recorded(*arguments):
+            made.append((called, arguments))
+            return called(*arguments)
+
+        return recorded
+
+    with contextlib.ExitStack() as patches:
+        for name in names:
+            patches.enter_context(mock.patch.object(propagation, name, recording(getattr(propagation, name))))
+        function()
+    return lambda: [called(*arguments) for called, arguments in made]
+
+
 def propagating(folder, rounds):
     """Rows of propagating a case, and a dataset as large as M&Ms."""
     whole = propagating_a_case(cache_of(folder / "slices.h5", 1, 25, 10, 192))
-    register, taken = propagation.register, []
-
-    def recorded(*arguments):
-        taken.append(arguments)
-        return register(*arguments)
-
-    with mock.patch.object(propagation, "register", recorded):
-        whole()
-
-    def networks_alone():
-        for arguments in taken:
-            register(*arguments)
-
-    times = in_turn({"whole": whole, "network": networks_alone}, rounds)
+    times = in_turn({
+        "whole": whole,
+        "registering": calls_of(whole, "velocities", "register"),
+        "optimising": calls_of(whole, "optimise"),
+    }, rounds)  # fmt: skip
     limit = {"at_most": 60.0} if DEVICE.type == "cuda" else {}
     return [
         milliseconds("propagating a case", times["whole"]),
-        ratio("... of which the network", times["network"], times["whole"]),
+        ratio("... of which registering", times["registering"], times["whole"]),
+        ratio("... of which optimising the velocities", times["optimising"], times["whole"]),
         Row(f"a whole M&Ms: {CASES} such cases", list(CASES * times["whole"]), "s", **limit),
     ]
 

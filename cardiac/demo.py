@@ -87,7 +87,10 @@ def score_against_truth(settings):
         (local,) = store.cases
         ed, expert = store.frame(local, case.ed), store.expert(local, case.ed)
         for frame in frames:
-            found = networks.register(network, ed, store.frame(local, frame), expert)
+            fixed = store.frame(local, frame)
+            velocity = networks.velocities(network, ed, fixed, expert)
+            velocity = networks.optimise(velocity, ed, fixed, settings.instance_steps)
+            found = networks.displacements(velocity, ed.shape[-2:])
             found = propagation.own_grid_displacement(found, case.grid(cache)).cpu().numpy()
             found = found.transpose(2, 3, 0, 1) * np.array(case.spacing[:2])  # (X, Y, Z, 2), mm
             kept = (frames[frame] <= max(LABELS.values())).any((1, 2))  # propagated slices

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from cardiac import CLASSES
-from cardiac.losses import one_hot
-from cardiac.warp import unfold
+from cardiac.losses import diffusion, one_hot
+from cardiac.warp import integrate, resize_displacement, unfold, warp
 
 BACKGROUND_LOGIT = 3.0  # with which a segmentation begins: background has 87 % of the probability
 
@@ -156,8 +156,8 @@ def _inference_batch(images):
 
 
 @torch.no_grad()
-def register(network, moving, fixed, labels, batch_size=None):
-    """The displacements (B, 2, H, W), pixels, that carry `moving` onto `fixed`, both (B, 1, H, W), in
+def velocities(network, moving, fixed, labels, batch_size=None):
+    """The velocities (B, 2, h, w) of a registration network from `moving` to `fixed`, both (B, 1, H, W), in
     batches.
 
     labels: (B, H, W) of `moving`, IGNORED where they are not known, for a network that is guided by them.
@@ -165,9 +165,45 @@ def register(network, moving, fixed, labels, batch_size=None):
     parts, batch_size = [], batch_size or _inference_batch(moving)
     for slices in zip(*(each.split(batch_size) for each in (moving, fixed, one_hot(labels)))):
         with mixed_precision(moving.device):
-            velocity = network(*(each.contiguous(memory_format=torch.channels_last) for each in slices))
-        parts.append(unfold(velocity, moving.shape[-2:]))
+            parts.append(network(*(each.contiguous(memory_format=torch.channels_last) for each in slices)))
     return torch.cat(parts)
+
+
+def optimise(velocity, moving, fixed, steps, smoothness=0.03, lr=0.1):
+    """Velocities (B, 2, h, w) after `steps` of Adam on the images of each pair alone, (B, 1, H, W): squared
+    difference + smoothness x diffusion, from what the network found.
+
+    Instance-specific optimisation (Balakrishnan et al., 2019). A network that learned from ED's
+    and ES's labels expects all of the motion between them, and moves the frames between too far.
+    """
+    parts = []
+    for start, *pair in zip(*(each.split(_inference_batch(moving)) for each in (velocity, moving, fixed))):
+        with torch.enable_grad():
+            found = start.clone().requires_grad_()
+            # sums over pixels, so that neither batch nor size matter to epsilon: what has next to no gradient
+            # stays where it is
+            optimizer = torch.optim.Adam([found], lr=lr, eps=1e-3)
+            for _ in range(steps):
+                displacement = resize_displacement(integrate(found), pair[1].shape[-2:])
+                image = F.mse_loss(warp(pair[0], displacement), pair[1])
+                optimizer.zero_grad()
+                (pair[1].numel() * (image + smoothness * diffusion(found))).backward()
+                optimizer.step()
+        parts.append(found.detach())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def displacements(velocity, size, batch_size=None):
+    """The displacements (B, 2, H, W), pixels, of velocities (B, 2, h, w), size = (H, W), in batches."""
+    parts = velocity.split(batch_size or _inference_batch(velocity))
+    return torch.cat([unfold(part, size) for part in parts])
+
+
+def register(network, moving, fixed, labels, batch_size=None):
+    """The displacements (B, 2, H, W), pixels, that carry `moving` onto `fixed`; arguments as `velocities`."""
+    velocity = velocities(network, moving, fixed, labels, batch_size)
+    return displacements(velocity, moving.shape[-2:], batch_size)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from cardiac.checkpoint import load_network
 from cardiac.files import InputError, digest, hdf5_dataset, read_json, writing_hdf5
 from cardiac.losses import IGNORED, one_hot, region_dice
 from cardiac.metrics import score_case
-from cardiac.networks import RegistrationNetwork, Turned, register
+from cardiac.networks import RegistrationNetwork, Turned, displacements, optimise, register, velocities
 from cardiac.parts import UNKEPT
 from cardiac.slices import SliceStore
 from cardiac.warp import compose, jacobian_determinant, warp
@@ -152,6 +152,7 @@ class Carried:
 
     regions: torch.Tensor  # (F, Z, 3, S, S) soft shares of LV, MYO, RV
     residual: torch.Tensor  # (F, Z, S, S) what is left of the images' difference, over 5 x 5 pixels
+    expected: torch.Tensor  # (F, Z, S, S) the same by the network's own velocity, before it was optimised
     confidence: torch.Tensor  # (F, Z) Dice of the label with itself after the way there and back
     folding: torch.Tensor  # (F, Z) percent of det J <= 0 near the heart
     pixels: torch.Tensor  # (Z, 3) of each region in the source
@@ -163,19 +164,26 @@ class Carried:
 
 
 @torch.no_grad()
-def carry(network, store, source, frames):
+def carry(network, store, source, frames, steps=0):
     """Carry the expert labels of frame `source` to `frames` of the one case in `store`: `Carried`.
 
-    The way back is registered anew, moving and fixed exchanged: exp(-v) would undo exp(v) by construction.
+    steps: of `networks.optimise`. The way back is registered anew, moving and fixed exchanged: exp(-v) would
+    undo exp(v) by construction.
     """
     (case,), count = store.cases, len(frames)
     moving = store.frame(case, source).repeat(count, 1, 1, 1)
     labels = store.expert(case, source).repeat(count, 1, 1)
     fixed = store.images(torch.from_numpy(np.concatenate([case.rows(frame) for frame in frames])))
 
-    forth, origin = register(network, moving, fixed, labels), one_hot(labels)
+    velocity, origin = velocities(network, moving, fixed, labels), one_hot(labels)
+    forth = displacements(velocity, fixed.shape[-2:])
     warped = warp(torch.cat([moving, origin], 1), forth)
-    regions, residual = warped[:, 1:], trust.local_mean((warped[:, 0] - fixed[:, 0]).abs())
+    residual = expected = trust.local_mean((warped[:, 0] - fixed[:, 0]).abs())
+    if steps:
+        forth = displacements(optimise(velocity, moving, fixed, steps), fixed.shape[-2:])
+        warped = warp(torch.cat([moving, origin], 1), forth)
+        residual = trust.local_mean((warped[:, 0] - fixed[:, 0]).abs())
+    regions = warped[:, 1:]
     carried = harden(regions)
     back = register(network, fixed, moving, carried)
     cycled = one_hot(warp_labels(labels, compose(forth, back)))  # one interpolation: two would erode
@@ -189,7 +197,7 @@ def carry(network, store, source, frames):
     folding = 100 * folded.sum((-2, -1)) / near.sum((-2, -1))
     folding = torch.where(shown.any(1), folding, torch.nan)
     shape = (count, case.slices)
-    parts = (part.unflatten(0, shape) for part in (regions, residual, confidence, folding))
+    parts = (part.unflatten(0, shape) for part in (regions, residual, expected, confidence, folding))
     return Carried(*parts, areas[: case.slices])
 
 
@@ -205,16 +213,16 @@ class Result:
     fault: list  # (F, Z) of why a slice is not kept, "" where it is
 
 
-def propagate_interval(network, store, start, end, frames, trusted):
+def propagate_interval(network, store, start, end, frames, trusted, steps=0):
     """Labels of successive `frames` between two phases of the one case in `store`: a `Result`.
 
     Of the paper: ED's labels warped (ES's where ED's are not known), and the Dice after the way there and
-    back for confidence. `trusted`: fused, weighed and checked as in `trust.py`.
+    back for confidence. `trusted`: fused, weighed and checked as in `trust.py`. steps: as `carry`.
     """
     (case,) = store.cases
     known = [phase for phase in ("ED", "ES") if case.phases[phase] in case.expert]
     used = known if trusted else known[:1]
-    carried = {phase: carry(network, store, case.phases[phase], frames) for phase in used}
+    carried = {phase: carry(network, store, case.phases[phase], frames, steps) for phase in used}
     folding = torch.stack([each.folding for each in carried.values()]).nan_to_num(-1).amax(0)
     span = (case.phases[end] - case.phases[start]) % case.frames
     elapsed = torch.tensor([(frame - case.phases[start]) % case.frames / span for frame in frames])

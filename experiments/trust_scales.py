@@ -26,14 +26,14 @@ from cardiac.settings import PropagationSettings, parse
 from cardiac.slices import SliceStore
 
 
-def carried_pixels(network, cache, case, device):
-    """Columns residual, trust and right (0 or 1) of a case's pixels; rows of its slices, from the
-    base on: Dice of each region, and whether the carried RV has nothing to lie on; and of its outermost
+def carried_pixels(network, cache, case, device, steps):
+    """Columns residual, trust and right (0 or 1) of a case's pixels; rows of its slices, from the base
+    on: Dice of each region, and whether the carried RV has nothing to lie on; and of its outermost
     slices: end, region, and whether it is gone.
     """
     store = SliceStore(cache, [dataclasses.replace(case, withheld=())], device, None)
     (case,) = store.cases
-    carried = propagation.carry(network, store, case.ed, [case.es])
+    carried = propagation.carry(network, store, case.ed, [case.es], steps)
     regions, certainty, _ = trust.fuse({"ED": carried}, {"ED": torch.zeros(1, device=device)})
     found, expert = propagation.harden(regions)[0], store.expert(case, case.es)
     near = trust.local_mean((carried.regions[0].sum(1) > 0.05).float()) > 0
@@ -80,7 +80,8 @@ def main():
     cases = [case for case in cache.split(words.split) if case.labelled]
     if not cases:
         raise SystemExit(f"{settings.data}: no labelled case in {words.split}; choose another --split")
-    columns, stacks, outermost = zip(*(carried_pixels(network, cache, case, device) for case in cases))
+    steps = settings.instance_steps
+    columns, stacks, outermost = zip(*(carried_pixels(network, cache, case, device, steps) for case in cases))
     residual, certainty, right = np.concatenate(columns, 1).astype(float)
     print(
         f"{len(cases)} cases, {right.size} pixels near the carried labels, {100 * right.mean():.1f} % right"

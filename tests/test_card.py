@@ -150,7 +150,8 @@ def test_drawing_does_not_wait_for_the_card(place, cache):
         assert card.waits == []
 
 
-def test_propagation_waits_no_longer_for_more_frames(cache, trained_run):
+@pytest.mark.parametrize("steps", [0, 2])
+def test_propagation_waits_no_longer_for_more_frames(cache, trained_run, steps):
     case = next(case for case in cache.split("Training") if len(case.expert) == 2)
     waits = []
     with made_of_the_cpu() as card:
@@ -161,6 +162,6 @@ def test_propagation_waits_no_longer_for_more_frames(cache, trained_run):
         assert len(frames) >= 3
         for count in (1, 1, 3):  # the first fills what is kept
             card.waits.clear()
-            propagate_interval(network, store, "ED", "ES", frames[:count], trusted=True)
+            propagate_interval(network, store, "ED", "ES", frames[:count], True, steps)
             waits.append(len(card.waits))
     assert waits[1] == waits[2] <= 24

@@ -5,8 +5,16 @@ import torch
 from torch import nn
 
 from cardiac.losses import one_hot
-from cardiac.networks import Mirrored, RegistrationNetwork, SegmentationNetwork, Turned, register, segment
-from cardiac.warp import integrate, resize_displacement
+from cardiac.networks import (
+    Mirrored,
+    RegistrationNetwork,
+    SegmentationNetwork,
+    Turned,
+    optimise,
+    register,
+    segment,
+)
+from cardiac.warp import integrate, resize_displacement, warp
 
 
 def pair(*size):
@@ -120,6 +128,30 @@ def test_batches_do_not_change_what_inference_gives():
     whole, parts = (segment(segmentation, moving, batch_size=n) for n in (64, 2))
     torch.testing.assert_close(whole, parts, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(whole.sum(1), torch.ones(5, 32, 32))
+
+
+def blobs(*places):
+    """Images (B, 1, 32, 32), each a bright blob about one of these places (y, x)."""
+    position = torch.stack(torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij"))
+    offset = position - torch.tensor(places).view(-1, 2, 1, 1)
+    return torch.exp(-offset.square().sum(1, keepdim=True) / 50)
+
+
+def test_optimising_fits_a_velocity_to_its_own_pair_whatever_else_is_in_the_batch():
+    moving, fixed = blobs((16.0, 16.0), (14.0, 18.0)), blobs((18.0, 16.0), (14.0, 18.0))
+    start = torch.zeros(2, 2, 16, 16)
+    assert torch.equal(optimise(start, moving, fixed, 0), start)
+    found = optimise(start, moving, fixed, 20)
+    assert not found.requires_grad
+    assert not start.any(), "what it begins with stays"
+    displacement = resize_displacement(integrate(found), (32, 32))
+    assert (displacement[0, 0, 12:24, 12:20].mean() + 2).abs() < 0.4  # back to where the blob was
+    left = (warp(moving, displacement) - fixed).square().mean((1, 2, 3))
+    assert left[0] < 0.02 * (moving - fixed)[0].square().mean()
+    assert found[1].abs().max() < 1e-3, "nothing to do there"
+    torch.testing.assert_close(optimise(start[:1], moving[:1], fixed[:1], 20), found[:1])
+    smoother = optimise(start, moving, fixed, 20, smoothness=10.0)
+    assert smoother[0].diff(dim=-1).abs().mean() < 0.5 * found[0].diff(dim=-1).abs().mean()
 
 
 def test_mirror_images_are_predicted_as_mirror_images():

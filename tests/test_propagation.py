@@ -116,9 +116,10 @@ def swinging(tmp_path_factory):
     return cache, cache.cases[0], truth.transpose(3, 2, 0, 1)
 
 
-def carried(swinging, network, frames):
+def carried(swinging, network, frames, steps=0):
     cache, case, _ = swinging
-    found = propagation.propagate_interval(network, SliceStore(cache, [case], CPU), "ED", "ES", frames, False)
+    store = SliceStore(cache, [case], CPU)
+    found = propagation.propagate_interval(network, store, "ED", "ES", frames, False, steps)
     return found.labels, found.confidence, found.folding
 
 
@@ -137,11 +138,33 @@ def test_labels_move_with_the_heart(swinging, frame):
     assert (folding[0, :2] == 0).all()
 
 
-def test_several_frames_at_once_equal_one_by_one(swinging):
-    together = carried(swinging, follower, [3, 2])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_several_frames_at_once_equal_one_by_one(swinging, steps):
+    together = carried(swinging, follower, [3, 2], steps)
     for k, frame in enumerate([3, 2]):
-        for one, other in zip(carried(swinging, follower, [frame]), together):
+        for one, other in zip(carried(swinging, follower, [frame], steps), together):
             np.testing.assert_allclose(one[0], other[k], atol=1e-5)
+
+
+def hasty(*slices):
+    """The way there, and on."""
+    return 1.3 * follower(*slices)
+
+
+def test_a_network_that_moves_labels_too_far_is_put_right_by_the_images(swinging):
+    def wrong(steps):
+        return (carried(swinging, hasty, [3], steps)[0][0, :2] != swinging[2][3][:2]).mean()
+
+    assert wrong(20) < 0.5 * wrong(0)
+
+
+def test_a_slice_is_given_up_by_what_the_network_alone_explains(swinging):
+    cache, case, _ = swinging
+    store = SliceStore(cache, [case], CPU)
+    plain, found = (propagation.carry(hasty, store, case.ed, [2, 3], steps) for steps in (0, 5))
+    assert torch.equal(plain.residual, plain.expected)
+    assert torch.equal(found.expected, plain.expected)
+    assert found.residual.mean() < 0.5 * plain.residual.mean()
 
 
 def test_a_field_that_does_nothing_is_fully_trusted_and_one_that_is_not_undone_is_not(swinging):
@@ -163,13 +186,13 @@ def test_dilation_reaches_so_many_pixels_to_every_side():
 def test_folding_counts_near_the_heart_alone(swinging, monkeypatch, size, expected):
     displacement = torch.zeros(3, 2, SIDE, SIDE)
     displacement[:, 0, :size, :size] = -3 * torch.arange(float(size))[:, None]  # a mirror: det J = -2
-    monkeypatch.setattr(propagation, "register", lambda network, moving, fixed, labels: displacement)
-    assert carried(swinging, None, [3])[2][0, :2] == pytest.approx([expected] * 2)
+    monkeypatch.setattr(propagation, "displacements", lambda velocity, size: displacement)
+    assert carried(swinging, standstill, [3])[2][0, :2] == pytest.approx([expected] * 2)
 
 
 def words(frames, trust=False):
     """What `propagate` looks at of its settings."""
-    return SimpleNamespace(frames=frames, trust=trust)
+    return SimpleNamespace(frames=frames, trust=trust, instance_steps=0)
 
 
 def test_a_slice_that_one_phase_lacks_comes_from_the_other_in_the_nearer_half(swinging):

@@ -22,7 +22,8 @@ def carried(labels, residual=0.0, present=(True,)):
     flat = torch.ones(labels.shape)
     confidence = torch.where(torch.tensor(present), 1.0, torch.nan).expand(labels.shape[:2])
     areas = regions[0].sum((-2, -1)) * torch.tensor(present)[:, None]
-    return Carried(regions, residual * flat, confidence, torch.zeros(labels.shape[:2]), areas)
+    residual = residual * flat
+    return Carried(regions, residual, residual, confidence, torch.zeros(labels.shape[:2]), areas)
 
 
 def fuse(ed, es, elapsed):
@@ -88,7 +89,7 @@ def test_a_slice_that_one_phase_lacks_is_given_up_once_from_where_the_images_are
     ):
         # worse where the label lies, better in the slice as a whole
         for order in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 0, 1, 4, 3]):  # away from the phase, towards it
-            there.residual = torch.tensor(differences)[order].view(5, 1, 1, 1) * (labels > 0)
+            there.expected = torch.tensor(differences)[order].view(5, 1, 1, 1) * (labels > 0)
             away = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.6])[order]
             phases = {alone: there, "ES" if alone == "ED" else "ED": missing}
             nearness = {phase: 1 - away if phase == alone else away for phase in phases}
