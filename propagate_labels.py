@@ -31,7 +31,7 @@ def main(argv):
     if not cases:
         raise InputError(f"{cache.root}: no case of Training has labels; there is nothing to propagate")
     rules = f"registration of step {trained.step}, {weights_digest(network)}, {settings.frames}, "
-    rules += f"{settings.recipe}, trust {trust.RULES if settings.trust else None}, {settings.instance_steps}"
+    rules += f"{settings.recipe}, trust {trust.RULES if settings.trust else None}, {settings.refine}"
     made_from = f"{rules}, {cases_digest(cases)}"
     with run_folder(settings, "propagation", cache.cases) as folder:
         path = folder / "labels.h5"
@@ -97,7 +97,7 @@ def propagate_case(network, cache, case, settings, device):
     for start, end, frames in propagation.intervals(case, settings.frames):
         if not frames:
             continue
-        rules = settings.trust, settings.instance_steps
+        rules = settings.trust, settings.refine
         found = propagation.propagate_interval(network, store, start, end, frames, *rules)
         kept = np.zeros(found.confidence.shape, bool)
         for f, z in np.ndindex(kept.shape):

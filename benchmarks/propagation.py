@@ -56,13 +56,13 @@ def propagating(folder, rounds):
     times = in_turn({
         "whole": whole,
         "registering": calls_of(whole, "velocities", "register"),
-        "optimising": calls_of(whole, "optimise"),
+        "refining": calls_of(whole, "refine"),
     }, rounds)  # fmt: skip
     limit = {"at_most": 60.0} if DEVICE.type == "cuda" else {}
     return [
         milliseconds("propagating a case", times["whole"]),
         ratio("... of which registering", times["registering"], times["whole"]),
-        ratio("... of which optimising the velocities", times["optimising"], times["whole"]),
+        ratio("... of which refining the velocities", times["refining"], times["whole"]),
         Row(f"a whole M&Ms: {CASES} such cases", list(CASES * times["whole"]), "s", **limit),
     ]
 

@@ -88,9 +88,7 @@ def score_against_truth(settings):
         ed, expert = store.frame(local, case.ed), store.expert(local, case.ed)
         for frame in frames:
             fixed = store.frame(local, frame)
-            velocity = networks.velocities(network, ed, fixed, expert)
-            velocity = networks.optimise(velocity, ed, fixed, settings.instance_steps)
-            found = networks.displacements(velocity, ed.shape[-2:])
+            found = networks.register(network, ed, fixed, expert, steps=settings.refine)
             found = propagation.own_grid_displacement(found, case.grid(cache)).cpu().numpy()
             found = found.transpose(2, 3, 0, 1) * np.array(case.spacing[:2])  # (X, Y, Z, 2), mm
             kept = (frames[frame] <= max(LABELS.values())).any((1, 2))  # propagated slices

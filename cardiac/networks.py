@@ -169,25 +169,28 @@ def velocities(network, moving, fixed, labels, batch_size=None):
     return torch.cat(parts)
 
 
-def optimise(velocity, moving, fixed, steps, smoothness=0.03, lr=0.1):
+def refine(velocity, moving, fixed, steps, smoothness=0.03, lr=0.1):
     """Velocities (B, 2, h, w) after `steps` of Adam on the images of each pair alone, (B, 1, H, W): squared
     difference + smoothness x diffusion, from what the network found.
 
-    Instance-specific optimisation (Balakrishnan et al., 2019). A network that learned from ED's
-    and ES's labels expects all of the motion between them, and moves the frames between too far.
+    Instance-specific optimisation (Balakrishnan et al., 2019). A network that learned from ED's and ES's
+    labels expects all of the motion between them, and moves the frames between too far.
     """
+    if not steps:
+        return velocity
     parts = []
-    for start, *pair in zip(*(each.split(_inference_batch(moving)) for each in (velocity, moving, fixed))):
+    batches = (each.split(_inference_batch(moving)) for each in (velocity, moving, fixed))
+    for start, source, target in zip(*batches):
         with torch.enable_grad():
             found = start.clone().requires_grad_()
-            # sums over pixels, so that neither batch nor size matter to epsilon: what has next to no gradient
-            # stays where it is
+            # of sums over pixels, so that neither batch nor size matter to epsilon: what has next to no
+            # gradient stays where it is
             optimizer = torch.optim.Adam([found], lr=lr, eps=1e-3)
             for _ in range(steps):
-                displacement = resize_displacement(integrate(found), pair[1].shape[-2:])
-                image = F.mse_loss(warp(pair[0], displacement), pair[1])
+                displacement = resize_displacement(integrate(found), target.shape[-2:])
+                image = F.mse_loss(warp(source, displacement), target)
                 optimizer.zero_grad()
-                (pair[1].numel() * (image + smoothness * diffusion(found))).backward()
+                (target.numel() * (image + smoothness * diffusion(found))).backward()
                 optimizer.step()
         parts.append(found.detach())
     return torch.cat(parts)
@@ -200,9 +203,11 @@ def displacements(velocity, size, batch_size=None):
     return torch.cat([unfold(part, size) for part in parts])
 
 
-def register(network, moving, fixed, labels, batch_size=None):
-    """The displacements (B, 2, H, W), pixels, that carry `moving` onto `fixed`; arguments as `velocities`."""
-    velocity = velocities(network, moving, fixed, labels, batch_size)
+def register(network, moving, fixed, labels, batch_size=None, steps=0):
+    """The displacements (B, 2, H, W), pixels, that carry `moving` onto `fixed`; arguments as `velocities` and
+    `refine`.
+    """
+    velocity = refine(velocities(network, moving, fixed, labels, batch_size), moving, fixed, steps)
     return displacements(velocity, moving.shape[-2:], batch_size)
 
 

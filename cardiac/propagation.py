@@ -15,7 +15,7 @@ from cardiac.checkpoint import load_network
 from cardiac.files import InputError, digest, hdf5_dataset, read_json, writing_hdf5
 from cardiac.losses import IGNORED, one_hot, region_dice
 from cardiac.metrics import score_case
-from cardiac.networks import RegistrationNetwork, Turned, displacements, optimise, register, velocities
+from cardiac.networks import RegistrationNetwork, Turned, displacements, refine, register, velocities
 from cardiac.parts import UNKEPT
 from cardiac.slices import SliceStore
 from cardiac.warp import compose, jacobian_determinant, warp
@@ -152,7 +152,7 @@ class Carried:
 
     regions: torch.Tensor  # (F, Z, 3, S, S) soft shares of LV, MYO, RV
     residual: torch.Tensor  # (F, Z, S, S) what is left of the images' difference, over 5 x 5 pixels
-    expected: torch.Tensor  # (F, Z, S, S) the same by the network's own velocity, before it was optimised
+    unrefined: torch.Tensor  # (F, Z, S, S) the same by the network alone, without `refine`
     confidence: torch.Tensor  # (F, Z) Dice of the label with itself after the way there and back
     folding: torch.Tensor  # (F, Z) percent of det J <= 0 near the heart
     pixels: torch.Tensor  # (Z, 3) of each region in the source
@@ -167,7 +167,7 @@ class Carried:
 def carry(network, store, source, frames, steps=0):
     """Carry the expert labels of frame `source` to `frames` of the one case in `store`: `Carried`.
 
-    steps: of `networks.optimise`. The way back is registered anew, moving and fixed exchanged: exp(-v) would
+    steps: of `networks.refine`. The way back is registered anew, moving and fixed exchanged: exp(-v) would
     undo exp(v) by construction.
     """
     (case,), count = store.cases, len(frames)
@@ -178,9 +178,9 @@ def carry(network, store, source, frames, steps=0):
     velocity, origin = velocities(network, moving, fixed, labels), one_hot(labels)
     forth = displacements(velocity, fixed.shape[-2:])
     warped = warp(torch.cat([moving, origin], 1), forth)
-    residual = expected = trust.local_mean((warped[:, 0] - fixed[:, 0]).abs())
+    residual = unrefined = trust.local_mean((warped[:, 0] - fixed[:, 0]).abs())
     if steps:
-        forth = displacements(optimise(velocity, moving, fixed, steps), fixed.shape[-2:])
+        forth = displacements(refine(velocity, moving, fixed, steps), fixed.shape[-2:])
         warped = warp(torch.cat([moving, origin], 1), forth)
         residual = trust.local_mean((warped[:, 0] - fixed[:, 0]).abs())
     regions = warped[:, 1:]
@@ -197,7 +197,7 @@ def carry(network, store, source, frames, steps=0):
     folding = 100 * folded.sum((-2, -1)) / near.sum((-2, -1))
     folding = torch.where(shown.any(1), folding, torch.nan)
     shape = (count, case.slices)
-    parts = (part.unflatten(0, shape) for part in (regions, residual, expected, confidence, folding))
+    parts = (part.unflatten(0, shape) for part in (regions, residual, unrefined, confidence, folding))
     return Carried(*parts, areas[: case.slices])
 
 

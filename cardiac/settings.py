@@ -71,7 +71,7 @@ class Settings:
             what = f"the networks halve it four times; take {down} or {down + 16}"
             raise InputError(f"--size {self.size}: {what}")
         weights = ("smoothness", "dice_weight", "difference_weight")
-        limits = dict.fromkeys(("workers", "patience", "instance_steps", *weights), (0, float("inf")))
+        limits = dict.fromkeys(("workers", "patience", "refine", *weights), (0, float("inf")))
         limits |= dict.fromkeys(("averaging", "labelled_share", "expert_share"), (0, 1))
         limits |= {"size": (16, 4096), "spacing": (0.05, 100), "seed": (0, 2**63 - 1), "lr": (0, 1000)}
         for name, (least, largest) in limits.items():
@@ -139,12 +139,12 @@ class RegistrationSettings(TrainingSettings):
 class PropagationSettings(Settings):
     """`propagate_labels.py`."""
 
-    STRONG: ClassVar = {**Settings.STRONG, "trust": True, "instance_steps": 10}
+    STRONG: ClassVar = {**Settings.STRONG, "trust": True, "refine": 10}
     REMADE: ClassVar = True
     trust: bool = setting(
         False, "fuse the labels of ED and ES, weight every pixel by trust, check every slice (`trust.py`)"
     )
-    instance_steps: int = setting(0, "steps that fit each velocity to its own two images")
+    refine: int = setting(0, "steps that fit each velocity to its own two images")
     frames: str = setting(
         "systole", "systole: the frames between ED and ES; all: diastole too", choices=("systole", "all")
     )

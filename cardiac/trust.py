@@ -95,9 +95,9 @@ def _still_shown(own, other, nearness):
 
     The base leaves a slice once: up to some frame the image within the label is better explained by this
     phase's image, from then on by the other's. It is the frame that the images of all make likeliest; warped
-    by the network alone, since one that is optimised explains anything.
+    by the network alone, since one that is refined explains anything.
     """
-    evidence = ((other.expected - own.expected) * own.regions.sum(2)).sum((-2, -1))
+    evidence = ((other.unrefined - own.unrefined) * own.regions.sum(2)).sum((-2, -1))
     order = nearness.argsort(descending=True)  # away from the phase
     so_far = evidence[order].cumsum(0)
     rank = order.argsort()[:, None]

@@ -28,7 +28,7 @@ from cardiac.settings import PropagationSettings, parse
 COLUMNS = ("seed", "recipe", "case", "frame", "slice", "kept", "confidence", "place", "area_mm2", "dice",
            *(f"{kind}_{region}" for region in REGIONS for kind in ("both", "either")))  # fmt: skip
 
-RECIPES = {"paper": [], "strong, --instance-steps 0": ["--instance-steps", 0], "strong": []}
+RECIPES = {"paper": [], "strong, --refine 0": ["--refine", 0], "strong": []}
 
 
 def run(out, data, words, seed, recipe):

@@ -80,7 +80,7 @@ def main():
     cases = [case for case in cache.split(words.split) if case.labelled]
     if not cases:
         raise SystemExit(f"{settings.data}: no labelled case in {words.split}; choose another --split")
-    steps = settings.instance_steps
+    steps = settings.refine
     columns, stacks, outermost = zip(*(carried_pixels(network, cache, case, device, steps) for case in cases))
     residual, certainty, right = np.concatenate(columns, 1).astype(float)
     print(

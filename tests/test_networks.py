@@ -10,7 +10,7 @@ from cardiac.networks import (
     RegistrationNetwork,
     SegmentationNetwork,
     Turned,
-    optimise,
+    refine,
     register,
     segment,
 )
@@ -137,11 +137,11 @@ def blobs(*places):
     return torch.exp(-offset.square().sum(1, keepdim=True) / 50)
 
 
-def test_optimising_fits_a_velocity_to_its_own_pair_whatever_else_is_in_the_batch():
+def test_refining_fits_a_velocity_to_its_own_pair_whatever_else_is_in_the_batch():
     moving, fixed = blobs((16.0, 16.0), (14.0, 18.0)), blobs((18.0, 16.0), (14.0, 18.0))
     start = torch.zeros(2, 2, 16, 16)
-    assert torch.equal(optimise(start, moving, fixed, 0), start)
-    found = optimise(start, moving, fixed, 20)
+    assert torch.equal(refine(start, moving, fixed, 0), start)
+    found = refine(start, moving, fixed, 20)
     assert not found.requires_grad
     assert not start.any(), "what it begins with stays"
     displacement = resize_displacement(integrate(found), (32, 32))
@@ -149,8 +149,8 @@ def test_optimising_fits_a_velocity_to_its_own_pair_whatever_else_is_in_the_batc
     left = (warp(moving, displacement) - fixed).square().mean((1, 2, 3))
     assert left[0] < 0.02 * (moving - fixed)[0].square().mean()
     assert found[1].abs().max() < 1e-3, "nothing to do there"
-    torch.testing.assert_close(optimise(start[:1], moving[:1], fixed[:1], 20), found[:1])
-    smoother = optimise(start, moving, fixed, 20, smoothness=10.0)
+    torch.testing.assert_close(refine(start[:1], moving[:1], fixed[:1], 20), found[:1])
+    smoother = refine(start, moving, fixed, 20, smoothness=10.0)
     assert smoother[0].diff(dim=-1).abs().mean() < 0.5 * found[0].diff(dim=-1).abs().mean()
 
 

@@ -162,8 +162,8 @@ def test_a_slice_is_given_up_by_what_the_network_alone_explains(swinging):
     cache, case, _ = swinging
     store = SliceStore(cache, [case], CPU)
     plain, found = (propagation.carry(hasty, store, case.ed, [2, 3], steps) for steps in (0, 5))
-    assert torch.equal(plain.residual, plain.expected)
-    assert torch.equal(found.expected, plain.expected)
+    assert torch.equal(plain.residual, plain.unrefined)
+    assert torch.equal(found.unrefined, plain.unrefined)
     assert found.residual.mean() < 0.5 * plain.residual.mean()
 
 
@@ -192,7 +192,7 @@ def test_folding_counts_near_the_heart_alone(swinging, monkeypatch, size, expect
 
 def words(frames, trust=False):
     """What `propagate` looks at of its settings."""
-    return SimpleNamespace(frames=frames, trust=trust, instance_steps=0)
+    return SimpleNamespace(frames=frames, trust=trust, refine=0)
 
 
 def test_a_slice_that_one_phase_lacks_comes_from_the_other_in_the_nearer_half(swinging):

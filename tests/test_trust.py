@@ -89,7 +89,7 @@ def test_a_slice_that_one_phase_lacks_is_given_up_once_from_where_the_images_are
     ):
         # worse where the label lies, better in the slice as a whole
         for order in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 0, 1, 4, 3]):  # away from the phase, towards it
-            there.expected = torch.tensor(differences)[order].view(5, 1, 1, 1) * (labels > 0)
+            there.unrefined = torch.tensor(differences)[order].view(5, 1, 1, 1) * (labels > 0)
             away = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.6])[order]
             phases = {alone: there, "ES" if alone == "ED" else "ED": missing}
             nearness = {phase: 1 - away if phase == alone else away for phase in phases}
