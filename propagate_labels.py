@@ -31,7 +31,8 @@ def main(argv):
     if not cases:
         raise InputError(f"{cache.root}: no case of Training has labels; there is nothing to propagate")
     rules = f"registration of step {trained.step}, {weights_digest(network)}, {settings.frames}, "
-    rules += f"{settings.recipe}, trust {trust.RULES if settings.trust else None}, {settings.refine}"
+    rules += f"{settings.recipe}, trust {trust.RULES if settings.trust else None}"
+    rules += f", refined {settings.refine}" if settings.refine else ""
     made_from = f"{rules}, {cases_digest(cases)}"
     with run_folder(settings, "propagation", cache.cases) as folder:
         path = folder / "labels.h5"
@@ -42,6 +43,7 @@ def main(argv):
             path.unlink(missing_ok=True)
             shutil.rmtree(folder / "nifti", ignore_errors=True)
             what = f"{len(cases)} cases, registration of step {trained.step}"
+            what += f", refined by {settings.refine} steps" if settings.refine else ""
             print(f"propagation: {what}, on {describe(device)}")
             parts = Parts(folder / PARTS, (rules, settings.size, settings.spacing))
             propagated, rows = propagate(network, cache, cases, settings, device, parts)

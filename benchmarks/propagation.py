@@ -55,7 +55,7 @@ def propagating(folder, rounds):
     whole = propagating_a_case(cache_of(folder / "slices.h5", 1, 25, 10, 192))
     times = in_turn({
         "whole": whole,
-        "registering": calls_of(whole, "velocities", "register"),
+        "registering": calls_of(whole, "velocities", "displacements", "register"),
         "refining": calls_of(whole, "refine"),
     }, rounds)  # fmt: skip
     limit = {"at_most": 60.0} if DEVICE.type == "cuda" else {}
@@ -98,7 +98,7 @@ def evaluating(folder, rounds):
 def sections(rounds):
     """(title, what it says, rows) of each table."""
     with tempfile.TemporaryDirectory() as folder:
-        text = "25 frames of 10 slices of 192 x 192, those between ED and ES, both labels carried and fused."
+        text = "25 frames of 10 slices of 192 x 192, those between ED and ES, both labels carried, refined, fused."
         yield "Propagation", text, propagating(Path(folder), rounds)
         text = "256 x 216 x 10 x 25 from slices of 192 x 192, U-Net of 32 channels."
         yield "Evaluation", text, evaluating(Path(folder), rounds)

@@ -122,7 +122,6 @@ def _looks_swapped(labels):
     """Whether more of label 3's border is myocardium than of label 1's: the myocardium encloses the LV."""
     beside = np.zeros((4, 4))  # how often one label lies beside another within a slice
     for label in labels:
-        label = label[label.any((1, 2))][:, label.any((0, 2))]  # the heart's box: a small part of the image
         for one, other in ((label[1:], label[:-1]), (label[:, 1:], label[:, :-1])):
             counts = np.bincount((4 * one + other)[one != other], minlength=16).reshape(4, 4)
             beside += counts + counts.T

@@ -1,5 +1,5 @@
-"""The two networks: VoxelMorph's U-Net for registration at half resolution, and the paper's 2-D segmentation
-U-Net.
+"""The two networks, and inference with them: VoxelMorph's U-Net for registration at half resolution, and the
+paper's 2-D segmentation U-Net.
 
 Both take slices whose sides are multiples of 16, since both halve them four times.
 """
@@ -174,17 +174,18 @@ def refine(velocity, moving, fixed, steps, smoothness=0.03, lr=0.1):
     difference + smoothness x diffusion, from what the network found.
 
     Instance-specific optimisation (Balakrishnan et al., 2019). A network that learned from ED's and ES's
-    labels expects all of the motion between them, and moves the frames between too far.
+    labels expects all of the motion between them, and moves the frames between too far. A step changes a
+    velocity by about `lr` pixels of its grid at most.
     """
     if not steps:
         return velocity
-    parts = []
-    batches = (each.split(_inference_batch(moving)) for each in (velocity, moving, fixed))
+    parts, batch_size = [], 4 * _inference_batch(moving)  # activations are few here
+    batches = (each.split(batch_size) for each in (velocity, moving, fixed))
     for start, source, target in zip(*batches):
         with torch.enable_grad():
             found = start.clone().requires_grad_()
-            # of sums over pixels, so that neither batch nor size matter to epsilon: what has next to no
-            # gradient stays where it is
+            # of sums over pixels, so that neither batch nor size matter to epsilon, next to which the
+            # gradient of what is equal in both images is nothing
             optimizer = torch.optim.Adam([found], lr=lr, eps=1e-3)
             for _ in range(steps):
                 displacement = resize_displacement(integrate(found), target.shape[-2:])

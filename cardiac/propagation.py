@@ -167,23 +167,24 @@ class Carried:
 def carry(network, store, source, frames, steps=0):
     """Carry the expert labels of frame `source` to `frames` of the one case in `store`: `Carried`.
 
-    steps: of `networks.refine`. The way back is registered anew, moving and fixed exchanged: exp(-v) would
-    undo exp(v) by construction.
+    steps: of `networks.refine`, on the way there. The way back is registered anew, by the network alone,
+    moving and fixed exchanged: exp(-v) would undo exp(v) by construction.
     """
     (case,), count = store.cases, len(frames)
     moving = store.frame(case, source).repeat(count, 1, 1, 1)
     labels = store.expert(case, source).repeat(count, 1, 1)
     fixed = store.images(torch.from_numpy(np.concatenate([case.rows(frame) for frame in frames])))
 
+    def left(displacement):
+        return trust.local_mean((warp(moving, displacement) - fixed)[:, 0].abs())
+
     velocity, origin = velocities(network, moving, fixed, labels), one_hot(labels)
     forth = displacements(velocity, fixed.shape[-2:])
-    warped = warp(torch.cat([moving, origin], 1), forth)
-    residual = unrefined = trust.local_mean((warped[:, 0] - fixed[:, 0]).abs())
+    residual = unrefined = left(forth)
     if steps:
         forth = displacements(refine(velocity, moving, fixed, steps), fixed.shape[-2:])
-        warped = warp(torch.cat([moving, origin], 1), forth)
-        residual = trust.local_mean((warped[:, 0] - fixed[:, 0]).abs())
-    regions = warped[:, 1:]
+        residual = left(forth)
+    regions = warp(origin, forth)
     carried = harden(regions)
     back = register(network, fixed, moving, carried)
     cycled = one_hot(warp_labels(labels, compose(forth, back)))  # one interpolation: two would erode

@@ -144,7 +144,7 @@ class PropagationSettings(Settings):
     trust: bool = setting(
         False, "fuse the labels of ED and ES, weight every pixel by trust, check every slice (`trust.py`)"
     )
-    refine: int = setting(0, "steps that fit each velocity to its own two images")
+    refine: int = setting(0, "steps of Adam that fit each velocity to its own two images")
     frames: str = setting(
         "systole", "systole: the frames between ED and ES; all: diastole too", choices=("systole", "all")
     )
@@ -227,7 +227,7 @@ def parse(kind, argv, description, own=(), earlier=()):
         stored = _stored(settings.out / folder)
         if folder in earlier:
             stored = {name: value for name, value in stored.items() if name in SHARED}
-        elif stored:  # a setting that there was not then is at its plain default, whatever the recipe
+        elif stored and not kind.REMADE:  # a setting that there was not then is off, whatever the recipe
             stored = {**plain, **stored}
         if folder in others:  # what is typed may differ there
             stored = {name: value for name, value in stored.items() if name in SHARED or name not in known}

@@ -2,7 +2,7 @@
 
     python experiments/phantom_truth.py --out experiments/runs/truth --seeds 3
 
-For every seed and recipe, and for `strong` without fitting velocities to their own images: register,
+For every seed and recipe, and for `strong` without refining velocities on their own images: register,
 propagate, and score every slice that lies between ED and ES on its case's own grid. Rows that are in
 OUT/slices.csv already are not made again. Ends with two tables, of the slices that a recipe keeps and of
 those that all keep, mean over seeds (and standard deviation): Dice in 3-D; the error (1 - Dice) of the 80 %
@@ -28,12 +28,17 @@ from cardiac.settings import PropagationSettings, parse
 COLUMNS = ("seed", "recipe", "case", "frame", "slice", "kept", "confidence", "place", "area_mm2", "dice",
            *(f"{kind}_{region}" for region in REGIONS for kind in ("both", "either")))  # fmt: skip
 
-RECIPES = {"paper": [], "strong, --refine 0": ["--refine", 0], "strong": []}
+# in a table: recipe, words of the propagation
+RECIPES = {
+    "paper": ("paper", []),
+    "strong, --refine 0": ("strong", ["--refine", 0]),
+    "strong": ("strong", []),
+}
 
 
 def run(out, data, words, seed, recipe):
     """Register and propagate; the rows of slices.csv."""
-    recipe, propagation = recipe.partition(",")[0], RECIPES[recipe]
+    recipe, propagation = RECIPES[recipe]
     folder = out / f"seed{seed}" / recipe
     common = ["--data", data, "--cache", out / f"cache-{recipe}", "--out", folder]
     grid = ["--size", words.size, "--spacing", words.spacing]

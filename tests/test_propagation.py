@@ -158,7 +158,7 @@ def test_a_network_that_moves_labels_too_far_is_put_right_by_the_images(swinging
     assert wrong(20) < 0.5 * wrong(0)
 
 
-def test_a_slice_is_given_up_by_what_the_network_alone_explains(swinging):
+def test_refinement_fits_the_images_and_what_the_network_alone_left_is_kept(swinging):
     cache, case, _ = swinging
     store = SliceStore(cache, [case], CPU)
     plain, found = (propagation.carry(hasty, store, case.ed, [2, 3], steps) for steps in (0, 5))

@@ -182,6 +182,17 @@ def test_a_setting_that_a_run_did_not_know_is_off_whatever_its_recipe(tmp_path):
     assert (found.guided, found.difference_weight) == (True, 0.0)
 
 
+def test_labels_are_made_anew_by_the_recipe_of_today_where_a_run_did_not_know_a_setting(tmp_path):
+    settings = {"recipe": "strong", "trust": True, "frames": "all"}
+    stored_run(tmp_path, "propagation", PropagationSettings, **settings)
+    config = tmp_path / "propagation" / "config.json"
+    content = json.loads(config.read_text())
+    del content["settings"]["refine"]
+    config.write_text(json.dumps(content))
+    found = later(PropagationSettings, tmp_path, own=["propagation"])
+    assert (found.trust, found.frames, found.refine) == (True, "all", PropagationSettings.STRONG["refine"])
+
+
 def test_overwrite_forgets_the_run_but_not_the_scripts_before(tmp_path):
     stored_run(tmp_path, "registration", RegistrationSettings, size=64)
     stored_run(tmp_path, "segmentation/original", SegmentationSettings, size=64, lr=0.5)

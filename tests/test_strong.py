@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import propagate_labels
 import train_registration
 import train_segmentation
 from cardiac import propagation
@@ -70,6 +71,23 @@ def test_labels_are_carried_and_scored_by_a_pair_and_the_turned_pair(tiny_data, 
     network, _ = propagation.load_registration(out, torch.device("cpu"))
     assert type(network) is RegistrationNetwork
     assert weights_digest(network) != before, "labels.h5 is told by it"
+
+
+def test_refinement_is_a_word_of_the_propagation_and_labels_are_told_by_it(tiny_data, tmp_path, capsys):
+    common = ["--data", str(tiny_data), "--out", str(tmp_path / "run")]
+    assert train_registration.main([*common, *GRID.split(), "--max-steps", "2"]) == 0
+    path, found = tmp_path / "run" / "propagation" / "labels.h5", {}
+    for steps in (0, 2):
+        words = [*common, "--workers", "1", "--device", "cpu", "--refine", str(steps)]
+        if found:
+            capsys.readouterr()
+            assert propagate_labels.main(words) == 2
+            assert "--refine 2 contradicts --refine 0" in capsys.readouterr().err
+        assert propagate_labels.main([*words, "--overwrite"]) == 0
+        found[steps] = propagation.made_from(path), propagation.Propagated.read(path).confidence
+    assert "refined by 2 steps" in capsys.readouterr().out
+    assert found[0][0] != found[2][0]
+    assert (found[0][1] != found[2][1]).any()
 
 
 def test_average_follows_the_weights_and_is_put_back():
