@@ -98,7 +98,7 @@ def evaluating(folder, rounds):
 def sections(rounds):
     """(title, what it says, rows) of each table."""
     with tempfile.TemporaryDirectory() as folder:
-        text = "25 frames of 10 slices of 192 x 192, those between ED and ES, both labels carried, refined, fused."
+        text = "Frames between ED and ES of 25, 10 slices of 192 x 192; both labels carried, refined, fused."
         yield "Propagation", text, propagating(Path(folder), rounds)
         text = "256 x 216 x 10 x 25 from slices of 192 x 192, U-Net of 32 channels."
         yield "Evaluation", text, evaluating(Path(folder), rounds)
