@@ -28,6 +28,11 @@ CPU = torch.device("cpu")
 CALLS = 20 if DEVICE.type == "cuda" else 1  # in a row: one of a few milliseconds says little of a card
 
 
+def strong(kind, **words):
+    """Settings of the strong recipe."""
+    return kind(**{**kind.STRONG, "recipe": "strong", **words})
+
+
 @dataclasses.dataclass
 class Row:
     """One line of a table: what was measured, the values of the rounds, and the target, if there is one."""

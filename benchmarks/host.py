@@ -15,7 +15,7 @@ import torch
 
 import train_registration
 import train_segmentation
-from benchmarks.common import DEVICE, Row, cache_of, in_turn, milliseconds
+from benchmarks.common import DEVICE, Row, cache_of, in_turn, milliseconds, strong
 from benchmarks.propagation import CASES, propagating_a_case
 from cardiac import networks
 from cardiac.settings import RegistrationSettings, SegmentationSettings
@@ -24,11 +24,6 @@ from cardiac.training import Run
 
 SIZE, BATCH, CALLS = 16, 2, 20
 BATCHES_OF_A_GPU = mock.patch.object(networks, "_inference_batch", return_value=64)
-
-
-def strong(kind, **words):
-    """Settings of the strong recipe."""
-    return kind(**{**kind.STRONG, "recipe": "strong", **words})
 
 
 def work(folder):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import propagate_labels
-from benchmarks.common import DEVICE, Row, cache_of, in_turn, milliseconds, ratio, write_dataset
+from benchmarks.common import DEVICE, Row, cache_of, in_turn, milliseconds, ratio, strong, write_dataset
 from benchmarks.data import opened, settings_for
 from cardiac import evaluation, networks, propagation
 from cardiac.cases import load_labels
@@ -21,7 +21,7 @@ CASES = 150  # labelled training patients of M&Ms
 
 def propagating_a_case(cache):
     """A function that propagates the first case of a cache under the strong recipe."""
-    settings = PropagationSettings(recipe="strong", **PropagationSettings.STRONG)
+    settings = strong(PropagationSettings)
     network = networks.Turned(networks.RegistrationNetwork(guided=True)).eval()
     network.to(DEVICE, memory_format=torch.channels_last)
 
