@@ -13,11 +13,17 @@ import numpy as np
 from cardiac import LABELS
 from cardiac.files import fault, replacing, shown
 
+try:  # another zlib, in half the time: `pip install isal`
+    from isal import isal_zlib as inflate
+except ImportError:
+    inflate = zlib
+
 LARGEST = 2 * 2**30  # bytes of one file after decoding; the largest scan of M&Ms takes 1.2 GiB as float64
 DEFLATE = 1100  # gzip cannot make anything more than 1032 times smaller
 PIECE = 2**18  # bytes of a packed file that are unpacked at a time
 EXTENT_MM = (1, 2000)  # of a slice; outside, the spacing is damaged or in another unit
-UNREADABLE = (OSError, EOFError, zlib.error, ValueError, OverflowError, nib.spatialimages.HeaderDataError)
+UNREADABLE = (OSError, EOFError, ValueError, OverflowError, zlib.error, inflate.error,
+              nib.spatialimages.HeaderDataError)  # fmt: skip
 
 
 def read_header(path, dimensions=(4,)):
@@ -111,7 +117,8 @@ def _read(path, size):
     the processor's cache, a quarter faster than all at once.
     """
     if _is_gzip(path):
-        unpacker, content, position = zlib.decompressobj(zlib.MAX_WBITS | 16), np.empty(size + 1, np.uint8), 0
+        unpacker = inflate.decompressobj(zlib.MAX_WBITS | 16)
+        content, position = np.empty(size + 1, np.uint8), 0
         with open(path, "rb") as file:
             while not unpacker.eof and position <= size and (packed := file.read(PIECE)):
                 piece = unpacker.decompress(packed, size + 1 - position)
