@@ -14,6 +14,7 @@ from cardiac.checkpoint import load_network, restore, weights_digest
 from cardiac.evaluation import MODELS
 from cardiac.files import InputError, read_json, write_csv, write_json, write_text
 from cardiac.parts import PARTS, Parts
+from cardiac.propagation import made_from as labels_made_from
 from cardiac.run import cases_digest, choose_device, dataset_identity, describe, run_folder, script
 from cardiac.settings import EvaluationSettings, parse
 
@@ -28,7 +29,7 @@ def main(argv):
     settings = parse(EvaluationSettings, argv, __doc__, earlier=folders)
     device = choose_device(settings.device)
     if settings.predict:
-        scans = predict.find_scans(settings.predict)
+        scans = predict.find_scans(settings.predict, settings.skip_bad)
         models = finished_models(settings, device)
         model = list(models)[-1]  # propagated, where there is one
         predict.predict_scans(scans, model, *models[model], settings, device)
@@ -38,7 +39,8 @@ def main(argv):
     cases = [case for case in cache.split(settings.split) if case.labelled]
     if not cases:
         there = dict.fromkeys(case.split for case in cache.cases if case.labelled)
-        print(f"no labelled case in {settings.split}: nothing to score; --split can be {' or '.join(there)}")
+        other = f"--split can be {' or '.join(there)}" if there else "nor in any other split"
+        print(f"no labelled case in {settings.split}: nothing to score; {other}")
         return
     unknown = set(settings.view) - {case.code for case in cases}
     if unknown:
@@ -56,22 +58,24 @@ def main(argv):
         words = {name: getattr(settings, name) for name in ("split", *SCORED_BY)}
         weights = {model: {"steps": p.step, "weights": weights_digest(n)} for model, (n, p) in models.items()}
         made_from = {**words, "cases": cases_digest(cases), "models": weights}
+        propagation = settings.out / "propagation" if own else None
+        shown = {"view": list(settings.view), "dataset": cases_digest(cache.cases)}
+        shown["propagated"] = labels_made_from(propagation / "labels.h5") if own else None
         summary = folder / "summary.json"
         done = read_json(summary) if summary.exists() else {}
         if done.get("made_from") != made_from:
             summary.unlink(missing_ok=True)  # written last: what it is there for is finished
             score(models, cache, cases, settings, device, folder)
-        elif done["view"] == list(settings.view):
+        elif done.get("shown") == shown and (folder / "report.html").exists():
             print(f"{folder}: finished; --overwrite starts anew\n\n{(folder / 'table.md').read_text()}")
             return
         largest = folder / "cases_largest.csv" if settings.largest_component else None
         rows = [path and evaluation.read_scores(path) for path in (folder / "cases.csv", largest)]
         results = evaluation.Results(*rows, cache, cases, settings.split, trained, own)
         write_results(folder, results)
-        propagation = settings.out / "propagation" if own else None
         page.write_report(folder, results, settings.view, settings.all_frames, propagation)
         print(f"\nto look at: {folder / 'report.html'}")
-        write_json(summary, {"made_from": made_from, "view": list(settings.view), **results.summary()})
+        write_json(summary, {"made_from": made_from, "shown": shown, **results.summary()})
 
 
 def score(models, cache, cases, settings, device, folder):

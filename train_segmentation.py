@@ -81,7 +81,8 @@ def read_propagated(settings):
             raise InputError(f"{path}: {what}; run propagate_labels.py before")
     if (settings.out / "registration" / "best.pt").exists():
         network, _ = load_registration(settings.out, torch.device("cpu"))
-        if weights_digest(network) not in made_from(path / "labels.h5") and not begun(settings, propagated):
+        made_by = made_from(path / "labels.h5") or ""
+        if weights_digest(network) not in made_by and not begun(settings, propagated):
             raise InputError(f"{path}: of another registration than OUT's; run propagate_labels.py before")
     if len(propagated.labels):
         return propagated

@@ -84,7 +84,7 @@ def write_page(results):
         "rewrites the tables and the picture. Every ratio is taken in one process, on one thread, the "
         "contestants in turn on the same input: the median of the rounds (smallest to largest). CPU figures "
         "are processor time unless marked 'on the wall', because the machine is shared. A ratio below 1 "
-        "means that ours is faster or smaller.",
+        "means that ours is faster or smaller, but where the target is 'at least'.",
         "",
         "![measured ratios and their targets](benchmarks.png)",
         "",

@@ -19,7 +19,7 @@ from cardiac.parts import Parts
 from cardiac.preprocessing import to_slices
 from cardiac.workers import worker_pool
 
-SCHEMA = 4
+SCHEMA = 5
 PREPROCESSING = ("size", "spacing", "crop")  # settings that the slices depend on
 LONGEST_PROBLEM = 500  # characters that are kept of why a case was left out
 
@@ -62,7 +62,7 @@ def build(path, folder, dataset, wanted, settings):
     parts = Parts(file.parent / "finished", (made_from,))
     with worker_pool(settings.workers, len(cases)) as run:
         results = parts.results(run, _preprocess, cases, arguments)
-        for case, result in zip(cases, tqdm(results, "cache", len(cases), unit="case")):
+        for case, result in tqdm(zip(cases, results), "cache", len(cases), unit="case"):
             if "problem" in result:
                 parts.forget(case)  # it may be another one next time: mended, or readable again
                 problems.append(result["problem"])

@@ -123,11 +123,12 @@ class Results:
     def __post_init__(self):
         self.models = list(self.trained)
         self.used = self.trained[self.models[0]]["settings"]  # what a run differs in is not read from here
-        training = self.cache.split("Training")
+        training, validation = self.cache.split("Training"), []
         if self.own and any(case.labelled for case in training):
             chosen = self.used["seed"], self.used["held_out"]
-            training, *_ = self.cache.training_and_validation(*chosen, say=lambda text: None)
+            training, validation, _ = self.cache.training_and_validation(*chosen, say=lambda text: None)
         self.learnt_from = [case for case in training if case.labelled]
+        self.validated = {case.code for case in validation}  # chose the checkpoints
         self.seen = {case.vendor for case in self.learnt_from}  # vendors whose labels were trained on
         self.unlabelled = {case.vendor for case in training} - self.seen
         self.table = self._table(self.rows, "dice")
@@ -194,9 +195,10 @@ class Results:
         text = ("Dice in 3-D on each case's own grid, mean over case, phase (ED, ES) and region; "
                 f"{counted(len(self.cases), 'case')} of {self.split} of {self.cache.name}.")  # fmt: skip
         if self.own and self.split != "Testing":
-            known = {case.code for case in self.learnt_from} & {case.code for case in self.cases}
+            scored = {case.code for case in self.cases}
+            known = scored & {case.code for case in self.learnt_from}
             text += f" THE NETWORKS WERE TRAINED ON {len(known)} OF THESE CASES." if known else ""
-            if len(known) < len(self.cases):
+            if scored & self.validated:
                 text += " Cases that validation used helped to choose the checkpoints."
         if self.own:
             vendors = ", ".join(sorted(self.seen))
@@ -205,7 +207,7 @@ class Results:
                 vendors = ", ".join(sorted(self.unlabelled))
                 text += f" The registration saw unlabelled scans of vendor {vendors}."
         else:
-            text += " The models were trained on another dataset."
+            text += " The models were trained on another dataset, or on other cases of this one."
         if self.cache.skipped:
             text += f" {len(self.cache.skipped)} left out with --skip-bad: {'; '.join(self.cache.skipped)}."
         if self.undefined:

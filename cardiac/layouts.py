@@ -52,9 +52,9 @@ def read_cases(root):
 
 
 def _listing(folder):
-    """What lies in a folder, sorted, hidden files (such as macOS's ._ files) left out."""
+    """What lies in a folder, sorted, without what systems put there (hidden files, @eaDir, __MACOSX)."""
     try:
-        return sorted(path for path in Path(folder).iterdir() if not path.name.startswith("."))
+        return sorted(path for path in Path(folder).iterdir() if not path.name.startswith((".", "@", "__")))
     except OSError as error:
         raise fault(folder, f"not readable as a folder ({error.strerror})") from error
 
@@ -146,7 +146,7 @@ def _read_mms(base, table):
     absent = set(MMS_PLACES) - {place for place, _ in folders}
     lost, excused = sorted(set(rows) - {folder.name.lower() for _, folder in folders}), 0
     for line, row in (rows[code][0] for code in lost):
-        unlabelled = {row["ED"], row["ES"]} <= {"", "0"}
+        unlabelled = {row["ED"].lower(), row["ES"].lower()} <= {"", "0", "0.0", "nan"}
         if absent & {UNLABELLED} if unlabelled else absent - {UNLABELLED}:
             excused += 1
         else:

@@ -1,7 +1,9 @@
 """New scans without labels: masks on their own grid, volumes of every frame, ejection fraction and mass."""
 
 import collections
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,6 +11,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from cardiac import LABELS, REGIONS
+from cardiac.checkpoint import weights_digest
 from cardiac.evaluation import heart_function, regions_on_own_grid
 from cardiac.files import InputError, locked, read_json, shown, write_csv, write_json
 from cardiac.metrics import largest_component, volume_ml
@@ -22,18 +25,20 @@ SUFFIXES = (".nii.gz", ".nii")
 NOT_IMAGES = ("_gt", "_pred")  # labels beside the images: the expert's, and our own
 
 
-def find_scans(paths):
+def find_scans(paths, skip_bad=False):
     """{name: file} of NIfTI files and of those in folders, however deep; names are fit for a folder each.
 
     Files of labels (*_gt, *_pred) are left out of folders. Raises InputError for a folder without NIfTI
-    files, and for a file that is not there or whose header tells that it cannot be segmented.
+    files, for a file that is not there and, unless `skip_bad`, for one whose header tells that it cannot be
+    segmented.
     """
     files = []
     for path in paths:
         if not path.exists():
             raise InputError(f"{shown(path)}: no such file or folder")
         if path.is_dir():
-            inside = sorted(f for f in path.rglob("*") if _stem(f) and not _stem(f).endswith(NOT_IMAGES))
+            named = (f for f in path.rglob("*") if _stem(f) and not _stem(f).endswith(NOT_IMAGES))
+            inside = sorted(file for file in named if file.is_file())
             if not inside:
                 raise InputError(f"{shown(path)}: no NIfTI file (.nii, .nii.gz) in this folder")
             files += inside
@@ -41,16 +46,29 @@ def find_scans(paths):
             if not _stem(path):
                 raise InputError(f"{shown(path)}: not the name of a NIfTI file (.nii, .nii.gz)")
             files.append(path)
-    files = list(dict.fromkeys(file.resolve() for file in files))
+    # a link goes by its own name, whatever the file that it leads to is called
+    unique = {file.resolve(): Path(os.path.abspath(file)) for file in reversed(files)}
+    files = list(reversed(unique.values()))
     stems = collections.Counter(_stem(file) for file in files)
     scans = {}
     for file in files:
-        spacing_of(read_header(file, (3, 4)), file)
+        try:
+            spacing_of(read_header(file, (3, 4)), file)
+        except InputError as error:
+            _skip(error, skip_bad)
+            continue
         name = _stem(file) if stems[_stem(file)] == 1 else f"{file.parent.name}_{_stem(file)}"
         if name in scans:
             raise InputError(f"{shown(file)}: has the same name as {shown(scans[name])}; rename one")
         scans[name] = file
     return scans
+
+
+def _skip(error, skip_bad):
+    """Say that a scan is left out; without --skip-bad its fault ends the script."""
+    if not skip_bad:
+        raise InputError(f"{error}; or leave it out with --skip-bad") from error
+    tqdm.write(f"skipped: {error}")
 
 
 def _stem(file):
@@ -68,11 +86,11 @@ def predict_scans(scans, model, network, progress, settings, device):
     folder = settings.out / "predictions"
     busy = f"{folder}: another process is writing there; wait for it or choose another --out"
     with locked(settings.out / ".predictions.lock", busy):
-        work = []
+        work, weights = [], weights_digest(network)
         for name, file in scans.items():
             status = file.stat()
             made_from = {"file": str(file), "bytes": status.st_size, "modified": status.st_mtime_ns}
-            made_from |= {"model": model, "steps": progress.step, "best": progress.best}
+            made_from |= {"model": model, "steps": progress.step, "weights": weights}
             made_from |= {name: getattr(settings, name) for name in ("largest_component", "mirrored")}
             summary = folder / name / "summary.json"
             known = summary.exists() and not settings.overwrite
@@ -87,11 +105,17 @@ def predict_scans(scans, model, network, progress, settings, device):
             print(f"{model}, {progress.step} steps, on {describe(device)}")
         for name, file, made_from in tqdm(work, "scans", unit="scan", disable=not work):
             (folder / name / "summary.json").unlink(missing_ok=True)
-            found = predict_scan(folder / name, file, network, settings, device)
+            try:
+                found = predict_scan(folder / name, file, network, settings, device)
+            except InputError as error:
+                _skip(error, settings.skip_bad)
+                continue
             write_json(folder / name / "summary.json", {"scan": name, **found, "made_from": made_from})
             tqdm.write(_line(name, found))
         rows = [read_json(path) for path in sorted(folder.glob("*/summary.json"))]
-        rows = [row | {"model": row["made_from"]["model"]} for row in rows if "made_from" in row]
+        rows = [row | {"model": row["made_from"].get("model")} for row in rows if "made_from" in row]
+        if not rows:
+            raise InputError("no scan could be segmented")
         write_csv(folder / "summary.csv", [name for name in rows[0] if name != "made_from"], rows)
     print(f"to look at: {folder}/*/volumes.png; all scans: {folder / 'summary.csv'}")
 
@@ -100,8 +124,8 @@ def predict_scan(folder, file, network, settings, device):
     """Segment one scan and write its mask, volumes.csv and volumes.png to `folder`.
 
     Returns ED and ES (frames of the largest and the smallest LV that was found, zero-based) and
-    `heart_function`; None for what LV in one frame alone does not tell. Slices are made exactly as for the
-    cache.
+    `heart_function`; None for what needs a region that was not found, or two frames with LV. Slices are made
+    exactly as for the cache.
     """
     header, image = read_header(file, (3, 4)), read_image(file, (3, 4))
     spacing, dimensions = spacing_of(header, file), image.ndim
@@ -120,11 +144,16 @@ def predict_scan(folder, file, network, settings, device):
     ed, es = int(cavity.argmax()), int(np.where(cavity > 0, cavity, np.inf).argmin())  # 0: LV was not found
     phases = {"ED": ed, "ES": es}
     found = heart_function({(p, region): volumes[t][region] for p, t in phases.items() for region in REGIONS})
+    untold = {  # what names the measurements: whether they are not to be had
+        "": not cavity[ed],
+        "ES|SV|EF": ed == es,  # one frame, or LV in no other
+        "RV": not volumes[ed]["RV"],
+        "RV_(ES|SV|EF)": not volumes[es]["RV"],
+        "mass": not volumes[ed]["MYO"],
+    }
+    untold = [names for names, missing in untold.items() if missing]
     found = {"ED": ed, "ES": es, **found}
-    if not cavity[ed]:
-        found = dict.fromkeys(found)
-    elif ed == es:  # one frame, or LV in no other: what needs ES is not known
-        found = {key: None if re.search("ES|SV|EF", key) else value for key, value in found.items()}
+    found = {key: None if any(re.search(n, key) for n in untold) else found[key] for key in found}
     found |= {"frames": len(slices), "frames_without_LV": int((cavity == 0).sum())}
 
     times = _times(header, len(slices))
@@ -151,7 +180,9 @@ def _line(name, found):
     missing = f"; no LV in {found['frames_without_LV']} of {found['frames']} frames"
     if found["ED"] is None:
         return name + missing
-    text = f"{name}: ED {found['ED']}, EDV {found['LV_EDV_ml']:.1f} ml, mass {found['LV_mass_g']:.1f} g"
+    text = f"{name}: ED {found['ED']}, EDV {found['LV_EDV_ml']:.1f} ml"
+    if found["LV_mass_g"] is not None:
+        text += f", mass {found['LV_mass_g']:.1f} g"
     if found["ES"] is not None:
         text += f", ES {found['ES']}, ESV {found['LV_ESV_ml']:.1f} ml, SV {found['LV_SV_ml']:.1f} ml"
         text += f", EF {found['LV_EF_percent']:.1f} %"
@@ -186,5 +217,5 @@ def draw_volumes(path, image, labels, rows, phases, spacing, title):
         for axes, z in zip(line, slices):
             plane, contours = image[..., z, frame][box], labels[..., z, frame][box]
             show_slice(axes, plane, contours, f"{phase}, slice {z}", **look)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title, fontsize=9, parse_math=False)
     save_figure(figure, path)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from cardiac import LABELS, REGIONS
 from cardiac.cases import load_case
-from cardiac.evaluation import counted, prediction_path
+from cardiac.evaluation import counted, number, prediction_path
 from cardiac.files import read_csv, replacing, write_bytes
 from cardiac.losses import IGNORED
 from cardiac.networks import register, segment
@@ -160,7 +160,8 @@ def draw_bland_altman(path, results):
                 axes.axhline(found[name], color="black", linestyle=style, linewidth=0.9)
             axes.axhline(0, color="black", linewidth=0.4, alpha=0.5)
             axes.margins(0.12, 0.15)
-            title = "{quantity}\nbias {bias:+.1f} [{loa_low:+.1f}, {loa_high:+.1f}]".format(**found)
+            bias, low, high = (number(found[name], "+.1f") for name in ("bias", "loa_low", "loa_high"))
+            title = f"{quantity}\nbias {bias}" + (f" [{low}, {high}]" if low else "")
             if "EF" in quantity:
                 outside = np.count_nonzero(np.abs(difference) > 110)
                 title += f", {outside} outside" if outside else ""

@@ -258,6 +258,21 @@ def test_a_case_that_could_not_be_read_for_a_while_is_read_again(data, tmp_path,
     assert len(open_cache(asked(data, tmp_path)).cases) == 3
 
 
+def test_a_case_that_was_skipped_for_what_has_passed_is_no_longer(data, tmp_path, monkeypatch, capsys):
+    load = building.load_case
+
+    def fail(case):
+        if case.code == "B0B0B0":
+            raise InputError("B0B0B0: Input/output error")
+        return load(case)
+
+    monkeypatch.setattr(building, "load_case", fail)
+    assert len(open_cache(asked(data, tmp_path, skip_bad=True)).cases) == 2
+    monkeypatch.setattr(building, "load_case", load)
+    assert len(open_cache(asked(data, tmp_path)).cases) == 3
+    assert "B0B0B0 can be read again" in capsys.readouterr().out
+
+
 def test_labelled_pixels_outside_the_crop_are_counted_and_warned_of(data, tmp_path, capsys):
     cache = open_cache(asked(data, tmp_path, size=16, spacing=1.0))
     out = capsys.readouterr().out

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from datasets import MMS_CASES, Tiny, heart, write_mms, write_nifti
+from datasets import MMS_CASES, TABLE, Tiny, heart, write_mms, write_nifti
 
 import evaluate
 from cardiac import REGIONS, evaluation, metrics, page, predict, report
@@ -230,7 +230,7 @@ def test_finished_work_is_not_done_twice(evaluated, run, capsys):
     assert run("--largest-component") == 0
     assert "finished" in capsys.readouterr().out
     assert run("--largest-component", "--view", "E1A1A1") == 0  # another report, the same scores
-    assert json.loads((run.folder / "summary.json").read_text())["view"] == ["E1A1A1"]
+    assert json.loads((run.folder / "summary.json").read_text())["shown"]["view"] == ["E1A1A1"]
     changed = {
         path.name for path, stamp in stamps.items() if path.is_file() and path.stat().st_mtime_ns != stamp
     }
@@ -238,6 +238,24 @@ def test_finished_work_is_not_done_twice(evaluated, run, capsys):
     assert not any(name == "cases.csv" or name.endswith(".nii.gz") for name in changed)
     tables = ("cases.csv", "table.csv", "table_largest.csv", "agreement.csv", "comparison.csv")
     assert all((run.folder / name).read_bytes() == (evaluated.folder / name).read_bytes() for name in tables)
+
+
+@pytest.mark.parametrize("change", ["report", "labels", "vendor"])
+def test_what_is_shown_is_of_today(evaluated, run, monkeypatch, change):
+    """Scores are those there are, but the page tells of the training cases and their labels, too."""
+    scores, page = (run.folder / name for name in ("cases.csv", "report.html"))
+    stamp, before = scores.stat().st_mtime_ns, page.read_text()
+    if change == "report":
+        page.unlink()
+    elif change == "labels":
+        (run.out / "propagation" / "labels.h5").unlink()
+    else:
+        run.data = shutil.copytree(run.data, run.out.parent / "data" / run.data.name)
+        table = run.data / TABLE
+        table.write_text(table.read_text().replace("B0B0B0,Philips,B", "B0B0B0,,A"))
+    assert run("--largest-component") == 0
+    assert scores.stat().st_mtime_ns == stamp
+    assert (page.read_text() == before) == (change == "report")
 
 
 def test_the_report_shows_the_labels_that_were_trained_on_alone(run, tmp_path):
@@ -437,6 +455,14 @@ def test_ed_and_es_are_the_largest_and_the_smallest_lv(evaluated, tmp_path, monk
     )
     assert again["ES"] is again["LV_EF_percent"] is None, "LV in one frame alone tells nothing of ES"
 
+    regions = [one_hot(labels[..., t] * (labels[..., t] != (3 if t == 1 else 0))) for t in range(6)]
+    monkeypatch.setattr(predict, "regions_on_own_grid", lambda *_: iter(regions))
+    again = predict.predict_scan(
+        tmp_path / "a$_$b", tmp_path / "scan.nii.gz", None, settings, torch.device("cpu")
+    )
+    without = dict.fromkeys(("RV_ESV_ml", "RV_SV_ml", "RV_EF_percent"))
+    assert again == {**found, **without}, "an RV that was not found at ES"
+
 
 def test_predict_goes_on_with_the_scan_at_which_it_was_killed(run, monkeypatch):
     done, predict_scan = [], predict.predict_scan
@@ -487,6 +513,31 @@ def test_scans_are_named_apart(tmp_path):
     write_nifti(tmp_path / "p1" / "other.nii", np.ones((4, 4, 2), np.int16))
     assert list(find_scans([tmp_path])) == ["other", "p1_sa", "p2_sa"]
     assert list(find_scans([tmp_path / "p1" / "sa_gt.nii.gz"])) == ["sa_gt"]
+
+
+def test_scans_go_by_the_names_that_they_are_given(tmp_path):
+    image = np.ones((4, 4, 2), np.int16)
+    blob = write_copy(tmp_path / "blobs" / "abc.nii", image).rename(tmp_path / "blobs" / "abc")
+    inside = write_copy(tmp_path / "in" / "p8.nii" / "p8.nii", image)
+    (tmp_path / "in" / "p7.nii").symlink_to(blob)
+    (tmp_path / "in" / "p9.nii").symlink_to(inside)
+    assert list(find_scans([tmp_path / "in"])) == ["p7", "p8"], "each once"
+    assert find_scans([tmp_path / "in"])["p7"] == tmp_path / "in" / "p7.nii"
+
+
+def test_skip_bad_segments_the_other_scans(run, tmp_path, capsys):
+    image, _ = heart((40, 36, 2, 2), 0, 1)
+    for name in "abc":
+        write_nifti(tmp_path / "in" / f"{name}.nii.gz", image)
+    write_nifti(tmp_path / "in" / "scout.nii.gz", np.zeros((40, 36), np.int16))
+    damaged = tmp_path / "in" / "b.nii.gz"
+    damaged.write_bytes(damaged.read_bytes()[:-300])
+    assert run("--predict", tmp_path / "in", data=None) == 2
+    assert "--skip-bad" in capsys.readouterr().err
+    assert run("--predict", tmp_path / "in", "--skip-bad", data=None) == 0
+    rows = read_csv(run.out / "predictions" / "summary.csv")
+    assert [row["scan"] for row in rows] == ["a", "c"]
+    assert run("--predict", damaged, "--skip-bad", "--out", tmp_path / "none", data=None) == 2
 
 
 def test_a_scan_that_is_not_there_is_told(run, tmp_path, capsys):

@@ -6,7 +6,15 @@ from datasets import heart
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cardiac.preprocessing import Grid, most_likely, motion_centre, one_hot, standardise, to_slices
+from cardiac.preprocessing import (
+    Grid,
+    intensity_window,
+    most_likely,
+    motion_centre,
+    one_hot,
+    standardise,
+    to_slices,
+)
 from cardiac.preprocessing import resampling_matrix as matrix
 
 # ------------------------------------------------------------ geometry
@@ -184,3 +192,10 @@ def test_the_crop_follows_what_moves_and_not_the_image(centre):
 def test_where_nothing_moves_the_crop_is_about_the_image_centre():
     still = beating((30, 50))[..., :1]
     assert motion_centre(still, (1.5, 2.0, 8.0)) == (47.5, 39.5)
+
+
+def test_the_intensity_window_sees_every_column():
+    image = np.zeros((64, 64, 8, 64), np.uint8, order="F")  # every second voxel, and more, is sampled
+    image[::2] = np.arange(64)[:, None, None]
+    image[1::2] = 200
+    assert intensity_window(image) == (1, 200)

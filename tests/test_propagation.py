@@ -572,6 +572,9 @@ def test_a_validation_that_comes_later_does_not_change_what_a_run_is_trained_on(
     assert "original: 12 expert slices" in capsys.readouterr().out
     assert train_segmentation.main([*train, "--held-out", "A0A0A0", "B0B0B0"]) == 2
     assert "contradicts --held-out" in capsys.readouterr().err
+    other_model = ["propagated" if word == "original" else word for word in train]
+    assert train_segmentation.main([*other_model, "--held-out", "A0A0A0", "B0B0B0"]) == 2, "unfair to compare"
+    assert "contradicts --held-out" in capsys.readouterr().err
     for out, held_out in (("other", ["A0A0A0", "B0B0B0"]), ("new", [])):
         train[train.index("--out") + 1] = str(tmp_path / out)
         assert train_segmentation.main([*train, *(held_out and ["--held-out", *held_out])]) == 0
