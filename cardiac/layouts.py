@@ -11,6 +11,7 @@ know:
 import collections
 import csv
 import math
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -63,7 +64,8 @@ def _find_base(root):
     """The folder that holds Training, Validation or Testing: `root`, or the one folder in it that does."""
     if not root.is_dir():
         raise fault(root, "no such folder; give --data the folder that holds Training")
-    for folders in ([root], [path for path in _listing(root) if path.is_dir()]):
+    inside = (path for path in _listing(root) if path.is_dir())  # a lost+found is not readable
+    for folders in ([root], [path for path in inside if os.access(path, os.R_OK | os.X_OK)]):
         bases = [f for f in folders if any(p.name.title() in SPLITS and p.is_dir() for p in _listing(f))]
         if len(bases) > 1:
             raise fault(root, f"give --data one of its datasets: {joined(shown(b.name) for b in bases)}")
