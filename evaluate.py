@@ -29,7 +29,7 @@ def main(argv):
     settings = parse(EvaluationSettings, argv, __doc__, earlier=folders)
     device = choose_device(settings.device)
     if settings.predict:
-        scans = predict.find_scans(settings.predict, settings.skip_bad)
+        scans = predict.find_scans(settings.predict)
         models = finished_models(settings, device)
         model = list(models)[-1]  # propagated, where there is one
         predict.predict_scans(scans, model, *models[model], settings, device)
@@ -59,7 +59,8 @@ def main(argv):
         weights = {model: {"steps": p.step, "weights": weights_digest(n)} for model, (n, p) in models.items()}
         made_from = {**words, "cases": cases_digest(cases), "models": weights}
         propagation = settings.out / "propagation" if own else None
-        shown = {"view": list(settings.view), "dataset": cases_digest(cache.cases)}
+        shown = {"view": list(settings.view), "dataset": cache.name, "cases": cases_digest(cache.cases)}
+        shown["skipped"] = list(cache.skipped)
         shown["propagated"] = labels_made_from(propagation / "labels.h5") if own else None
         summary = folder / "summary.json"
         done = read_json(summary) if summary.exists() else {}

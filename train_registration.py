@@ -93,7 +93,8 @@ def main(argv):
     device = choose_device(settings.device)
     cache = from_first(open_cache, settings)
     training, validation, _ = cache.training_and_validation(settings.seed, settings.held_out)
-    settings.held_out = [case.code for case in validation if case.split == "Training"]  # for config.json
+    # for config.json
+    settings.held_out = sorted(case.code for case in validation if case.split == "Training")
     with in_first(run_folder(settings, "registration", cache.cases)) as folder:
         store = SliceStore(cache, training, device, "training")
         task = Registration(settings, store, SliceStore(cache, validation, device, "validation"))

@@ -112,7 +112,8 @@ def main(argv):
         folders.pop("propagated")
     cache = from_first(open_cache, settings)
     training, validation, unseen = cache.training_and_validation(settings.seed, settings.held_out)
-    settings.held_out = [case.code for case in validation if case.split == "Training"]  # for config.json
+    # for config.json
+    settings.held_out = sorted(case.code for case in validation if case.split == "Training")
     training = [case for case in training if case.labelled]
     store = SliceStore(cache, training, device, "training")
     validation = SliceStore(cache, validation + unseen, device, "validation")

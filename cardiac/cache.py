@@ -178,7 +178,7 @@ def open_cache(settings):
         wanted["sources"] |= case.identity()
     lock, folder = (path.with_name(f".{path.name}{suffix}") for suffix in (".lock", PARTS))
     with locked(lock, f"cache: waiting for another process at {path}", wait=True):
-        reason = _misfit(path, wanted, cases)
+        reason = _misfit(path, wanted, cases, settings.skip_bad)
         if reason:
             print(f"cache: building {path}: {reason}", flush=True)
             build(path, folder, dataset, wanted, settings)
@@ -221,8 +221,13 @@ def withhold(cache, settings):
     return replace(cache, cases=tuple(cases))
 
 
-def _misfit(path, wanted, cases):
-    """Why the file at `path` cannot be used as it is for `cases`, or None."""
+def _misfit(path, wanted, cases, skip_bad):
+    """Why the file at `path` cannot be used as it is for `cases`, or None.
+
+    Cases that were left out stay so for runs with --skip-bad, which would else find another dataset; any
+    other run tries them again, since what was wrong may have passed, as a network drive's faults do.
+    """
+    rows = places_of(cases)[1]
     if not path.exists():
         return "there is none yet"
     try:
@@ -231,7 +236,6 @@ def _misfit(path, wanted, cases):
             texts = (hdf5_dataset(file, name)[()] for name in ("sources", "cases", "skipped"))
             found["sources"], places, _ = map(json.loads, texts)
             there = {place["code"] for place in places}
-            rows = places_of(cases)[1]
             shapes = {name: hdf5_dataset(file, name).shape for name in rows}
     except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
         return f"the file there is not readable ({str(error).splitlines()[0]})"
@@ -245,11 +249,10 @@ def _misfit(path, wanted, cases):
     expected = {name: (count, wanted["size"], wanted["size"]) for name, count in rows.items()}
     if shapes != expected:
         return f"the file there holds arrays of other shapes: {shapes}"
-    for case in cases:  # left out with --skip-bad, maybe for what has passed, as a network drive's faults do
-        if case.code not in there:
-            with contextlib.suppress(InputError):
-                load_case(case)
-                return f"{case.code} can be read again"
+    for case in () if skip_bad else [case for case in cases if case.code not in there]:
+        with contextlib.suppress(InputError):
+            load_case(case)
+            return f"{case.code} can be read again"
     return None
 
 

@@ -1,9 +1,7 @@
 """New scans without labels: masks on their own grid, volumes of every frame, ejection fraction and mass."""
 
 import collections
-import os
 import re
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,12 +23,11 @@ SUFFIXES = (".nii.gz", ".nii")
 NOT_IMAGES = ("_gt", "_pred")  # labels beside the images: the expert's, and our own
 
 
-def find_scans(paths, skip_bad=False):
+def find_scans(paths):
     """{name: file} of NIfTI files and of those in folders, however deep; names are fit for a folder each.
 
     Files of labels (*_gt, *_pred) are left out of folders. Raises InputError for a folder without NIfTI
-    files, for a file that is not there and, unless `skip_bad`, for one whose header tells that it cannot be
-    segmented.
+    files, and for a file that is not there.
     """
     files = []
     for path in paths:
@@ -38,7 +35,7 @@ def find_scans(paths, skip_bad=False):
             raise InputError(f"{shown(path)}: no such file or folder")
         if path.is_dir():
             named = (f for f in path.rglob("*") if _stem(f) and not _stem(f).endswith(NOT_IMAGES))
-            inside = sorted(file for file in named if file.is_file())
+            inside = sorted(file for file in named if not file.is_dir())
             if not inside:
                 raise InputError(f"{shown(path)}: no NIfTI file (.nii, .nii.gz) in this folder")
             files += inside
@@ -46,29 +43,18 @@ def find_scans(paths, skip_bad=False):
             if not _stem(path):
                 raise InputError(f"{shown(path)}: not the name of a NIfTI file (.nii, .nii.gz)")
             files.append(path)
-    # a link goes by its own name, whatever the file that it leads to is called
-    unique = {file.resolve(): Path(os.path.abspath(file)) for file in reversed(files)}
-    files = list(reversed(unique.values()))
+    unique = {}
+    for file in files:  # a link goes by its own name, whatever the file that it leads to is called
+        unique.setdefault(file.resolve(), file.parent.resolve() / file.name)
+    files = list(unique.values())
     stems = collections.Counter(_stem(file) for file in files)
     scans = {}
     for file in files:
-        try:
-            spacing_of(read_header(file, (3, 4)), file)
-        except InputError as error:
-            _skip(error, skip_bad)
-            continue
         name = _stem(file) if stems[_stem(file)] == 1 else f"{file.parent.name}_{_stem(file)}"
         if name in scans:
             raise InputError(f"{shown(file)}: has the same name as {shown(scans[name])}; rename one")
         scans[name] = file
     return scans
-
-
-def _skip(error, skip_bad):
-    """Say that a scan is left out; without --skip-bad its fault ends the script."""
-    if not skip_bad:
-        raise InputError(f"{error}; or leave it out with --skip-bad") from error
-    tqdm.write(f"skipped: {error}")
 
 
 def _stem(file):
@@ -81,15 +67,30 @@ def predict_scans(scans, model, network, progress, settings, device):
     """Segment every frame of `scans` {name: file}; all results lie below OUT/predictions.
 
     A folder NAME each with the mask, volumes.csv, volumes.png and summary.json, which is written last and
-    marks the scan as finished; summary.csv beside them has a row for each that is, without its path.
+    marks the scan as finished; summary.csv beside them has a row for each that is, without its path. A scan
+    that cannot be read is an InputError; with --skip-bad it is named, what there was of it stays, and the
+    error comes where no other is left.
     """
     folder = settings.out / "predictions"
     busy = f"{folder}: another process is writing there; wait for it or choose another --out"
     with locked(settings.out / ".predictions.lock", busy):
-        work, weights = [], weights_digest(network)
+        work, skipped, weights = [], [], weights_digest(network)
+
+        def skip(error):
+            if not settings.skip_bad:
+                way_out = "; or leave it out with --skip-bad" if len(scans) > 1 else ""
+                raise InputError(f"{error}{way_out}") from error
+            skipped.append(error)
+            tqdm.write(f"skipped: {error}")
+
         for name, file in scans.items():
+            try:
+                spacing_of(read_header(file, (3, 4)), file)
+            except InputError as error:
+                skip(error)
+                continue
             status = file.stat()
-            made_from = {"file": str(file), "bytes": status.st_size, "modified": status.st_mtime_ns}
+            made_from = {"file": str(file.resolve()), "bytes": status.st_size, "modified": status.st_mtime_ns}
             made_from |= {"model": model, "steps": progress.step, "weights": weights}
             made_from |= {name: getattr(settings, name) for name in ("largest_component", "mirrored")}
             summary = folder / name / "summary.json"
@@ -97,31 +98,31 @@ def predict_scans(scans, model, network, progress, settings, device):
             done = read_json(summary).get("made_from") if known else None
             if done == made_from:
                 print(f"{summary.parent}: finished; --overwrite starts anew")
-            elif done and done.get("file") != str(file):
+            elif done and done.get("file") != made_from["file"]:
                 raise InputError(f"{summary.parent}: made from {done.get('file')}; --overwrite replaces it")
             else:
                 work.append((name, file, made_from))
         if work:
             print(f"{model}, {progress.step} steps, on {describe(device)}")
         for name, file, made_from in tqdm(work, "scans", unit="scan", disable=not work):
-            (folder / name / "summary.json").unlink(missing_ok=True)
             try:
                 found = predict_scan(folder / name, file, network, settings, device)
             except InputError as error:
-                _skip(error, settings.skip_bad)
+                skip(error)
                 continue
             write_json(folder / name / "summary.json", {"scan": name, **found, "made_from": made_from})
             tqdm.write(_line(name, found))
         rows = [read_json(path) for path in sorted(folder.glob("*/summary.json"))]
         rows = [row | {"model": row["made_from"].get("model")} for row in rows if "made_from" in row]
-        if not rows:
-            raise InputError("no scan could be segmented")
-        write_csv(folder / "summary.csv", [name for name in rows[0] if name != "made_from"], rows)
+        if rows:
+            write_csv(folder / "summary.csv", [name for name in rows[0] if name != "made_from"], rows)
+        if len(skipped) == len(scans):
+            raise InputError(f"none of the scans can be read: {skipped[0]}")
     print(f"to look at: {folder}/*/volumes.png; all scans: {folder / 'summary.csv'}")
 
 
 def predict_scan(folder, file, network, settings, device):
-    """Segment one scan and write its mask, volumes.csv and volumes.png to `folder`.
+    """Segment one scan and write its mask, volumes.csv and volumes.png to `folder`; summary.json goes before.
 
     Returns ED and ES (frames of the largest and the smallest LV that was found, zero-based) and
     `heart_function`; None for what needs a region that was not found, or two frames with LV. Slices are made
@@ -161,6 +162,7 @@ def predict_scan(folder, file, network, settings, device):
         {"frame": frame, "time_ms": time, **{f"{region}_ml": ml for region, ml in volume.items()}}
         for frame, (time, volume) in enumerate(zip(times, volumes))
     ]
+    (folder / "summary.json").unlink(missing_ok=True)
     write_labels(folder / f"{folder.name}_pred.nii.gz", labels if dimensions == 4 else labels[..., 0], file)
     write_csv(folder / "volumes.csv", VOLUMES, rows)
     draw_volumes(folder / "volumes.png", image, labels, rows, (ed, es), spacing, _line(folder.name, found))

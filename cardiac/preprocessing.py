@@ -4,6 +4,7 @@ Slices keep the axes of the NIfTI array, X along H and Y along W.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,7 +120,9 @@ def intensity_window(image):
     scale.
     """
     sample = image.ravel(order="K")
-    step = sample.size // 1_000_000 | 1  # odd: an even one would see the same few columns in every row
+    step = max(1, sample.size // 1_000_000)
+    while math.gcd(step, image.shape[0]) > 1:  # else it would see the same few columns in every row
+        step += 1
     sample = sample[::step].astype(np.float32)
     sample.sort()  # of float32: half the time of `percentile` or less
     low, high = (float(sample[round(share * (len(sample) - 1))]) for share in (0.01, 0.99))

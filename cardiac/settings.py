@@ -213,10 +213,12 @@ def parse(kind, argv, description, own=(), earlier=()):
     own: this script's folders below OUT. A run in them is gone on with: words that are not typed are its
     words, and a typed one that contradicts it is an InputError (unless --overwrite). One of them that this
     call does not write to gives its words, too, but typed ones may differ, unless they are SHARED or name the
-    patients to validate on. earlier:
-    folders of the scripts before it, which give what is SHARED, such as size and spacing, in the same way.
+    patients to validate on. earlier: folders of the scripts before it, which give what is SHARED, such as
+    size and spacing, in the same way.
     """
     typed = vars(_command_line(kind, description, earlier).parse_args(argv))
+    if "held_out" in typed:
+        typed["held_out"] = sorted(set(typed["held_out"]))  # as runs note them
     settings = kind(**typed)
     known = dict.fromkeys(typed, "")  # name: the folder that gave its value
     written = [folder for folder in own if settings.writes(folder)]
@@ -231,7 +233,7 @@ def parse(kind, argv, description, own=(), earlier=()):
         elif stored and not kind.REMADE:  # a setting that there was not then is off, whatever the recipe
             stored = {**plain, **stored}
         if folder in others:  # what is typed may differ there
-            same = (*SHARED, "held_out")
+            same = SHARED if stored.get("held_out") is None else (*SHARED, "held_out")
             stored = {name: value for name, value in stored.items() if name in same or name not in known}
         if "epochs" in typed:  # not to be overridden by a --max-steps of then
             stored.pop("max_steps", None)

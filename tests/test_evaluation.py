@@ -520,9 +520,12 @@ def test_scans_go_by_the_names_that_they_are_given(tmp_path):
     blob = write_copy(tmp_path / "blobs" / "abc.nii", image).rename(tmp_path / "blobs" / "abc")
     inside = write_copy(tmp_path / "in" / "p8.nii" / "p8.nii", image)
     (tmp_path / "in" / "p7.nii").symlink_to(blob)
-    (tmp_path / "in" / "p9.nii").symlink_to(inside)
-    assert list(find_scans([tmp_path / "in"])) == ["p7", "p8"], "each once"
+    (tmp_path / "in" / "z8.nii").symlink_to(inside)
+    (tmp_path / "in" / "p9.nii").symlink_to(tmp_path / "gone.nii")
+    assert list(find_scans([tmp_path / "in"])) == ["p7", "p8", "p9"], "each once, and what is missing"
     assert find_scans([tmp_path / "in"])["p7"] == tmp_path / "in" / "p7.nii"
+    (tmp_path / "link").symlink_to(tmp_path / "in" / "p8.nii")
+    assert find_scans([tmp_path / "link" / ".." / "p7.nii"])["p7"] == tmp_path / "in" / "p7.nii"
 
 
 def test_skip_bad_segments_the_other_scans(run, tmp_path, capsys):
@@ -537,7 +540,8 @@ def test_skip_bad_segments_the_other_scans(run, tmp_path, capsys):
     assert run("--predict", tmp_path / "in", "--skip-bad", data=None) == 0
     rows = read_csv(run.out / "predictions" / "summary.csv")
     assert [row["scan"] for row in rows] == ["a", "c"]
-    assert run("--predict", damaged, "--skip-bad", "--out", tmp_path / "none", data=None) == 2
+    assert run("--predict", damaged, "--skip-bad", data=None) == 2, "no other is left"
+    assert len(read_csv(run.out / "predictions" / "summary.csv")) == 2
 
 
 def test_a_scan_that_is_not_there_is_told(run, tmp_path, capsys):

@@ -194,8 +194,10 @@ def test_where_nothing_moves_the_crop_is_about_the_image_centre():
     assert motion_centre(still, (1.5, 2.0, 8.0)) == (47.5, 39.5)
 
 
-def test_the_intensity_window_sees_every_column():
-    image = np.zeros((64, 64, 8, 64), np.uint8, order="F")  # every second voxel, and more, is sampled
-    image[::2] = np.arange(64)[:, None, None]
-    image[1::2] = 200
+@pytest.mark.parametrize("width", [64, 60, 63])
+def test_the_intensity_window_sees_every_column(width):
+    image = np.zeros((width, 64, 8, 110), np.uint8, order="F")  # of 3 voxels one is sampled, or fewer
+    assert image.size // 1_000_000 == 3
+    image[::3] = np.arange(64)[:, None, None]
+    image[1::3] = image[2::3] = 200
     assert intensity_window(image) == (1, 200)
