@@ -59,9 +59,9 @@ def main(argv):
         weights = {model: {"steps": p.step, "weights": weights_digest(n)} for model, (n, p) in models.items()}
         made_from = {**words, "cases": cases_digest(cases), "models": weights}
         propagation = settings.out / "propagation" if own else None
-        shown = {"view": list(settings.view), "dataset": cache.name, "cases": cases_digest(cache.cases)}
-        shown["skipped"] = list(cache.skipped)
-        shown["propagated"] = labels_made_from(propagation / "labels.h5") if own else None
+        shown = {"dataset": cache.name, "cases": cases_digest(cache.cases), "skipped": list(cache.skipped),
+                 "propagated": labels_made_from(propagation / "labels.h5") if own else None,
+                 "view": list(settings.view)}  # fmt: skip
         summary = folder / "summary.json"
         done = read_json(summary) if summary.exists() else {}
         if done.get("made_from") != made_from:

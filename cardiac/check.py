@@ -83,5 +83,5 @@ def _range(numbers):
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # not by `run.script`, which would import torch for it
         sys.exit(130)

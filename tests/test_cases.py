@@ -71,6 +71,11 @@ def replace_line(**values):
     return lambda root: edit_table(root, line(), line(**values))
 
 
+def forget_unlabelled(root):
+    shutil.rmtree(root / "Training" / "Unlabeled")
+    edit_table(root, "C0C0C0,GE,C,3,0,0", "C0C0C0,GE,C,3,nan,0.0")
+
+
 def move_labels(root):
     edit_voxels(files(root)[1], lambda v: np.roll(v, 1, axis=3))
 
@@ -231,6 +236,8 @@ def test_uncompressed_file_shorter_than_its_header(mms):
         pytest.param(lambda r: (r / "Testing").rename(r / "testing"), id="lower-case split"),
         pytest.param(lambda r: shutil.rmtree(r / "Testing"), id="Testing not downloaded"),
         pytest.param(lambda r: shutil.rmtree(r / "Training/Unlabeled"), id="Unlabeled not downloaded"),
+        pytest.param(forget_unlabelled, id="Unlabeled not downloaded, table saved by pandas"),
+        pytest.param(lambda r: (r / "Training/Labeled/@eaDir").mkdir(), id="a system's folder"),
         pytest.param(lambda r: edit_header(files(r)[0], 280, "f", -1.3, 0.4, 0.1), id="oblique affine"),
         pytest.param(lambda r: edit_header(files(r)[1], 80, "f", 0), id="spacing of the labels is not used"),
         pytest.param(lambda r: put(files(r)[0], (..., 4), 7), id="constant frame without labels"),

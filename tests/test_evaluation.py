@@ -241,7 +241,7 @@ def test_finished_work_is_not_done_twice(evaluated, run, capsys):
 
 
 @pytest.mark.parametrize("change", ["report", "labels", "vendor"])
-def test_what_is_shown_is_of_today(evaluated, run, monkeypatch, change):
+def test_what_is_shown_is_of_today(evaluated, run, change):
     """Scores are those there are, but the page tells of the training cases and their labels, too."""
     scores, page = (run.folder / name for name in ("cases.csv", "report.html"))
     stamp, before = scores.stat().st_mtime_ns, page.read_text()
@@ -318,6 +318,8 @@ def test_a_split_that_is_absent_is_named(run, tmp_path, capsys):
     assert run(data=other) == 0
     assert "--split can be Training or Validation" in capsys.readouterr().out
     assert not (run.folder / "other").exists()
+    assert run(data=write_mms(tmp_path / "bare", [Tiny("Q3", "Training/Unlabeled")])) == 0
+    assert "nor in any other split" in capsys.readouterr().out
 
 
 def test_a_case_that_is_new_or_another_is_scored(run, tmp_path, capsys):
