@@ -1,4 +1,4 @@
-"""What the experiments share: words, jobs that are not done twice, intervals over patients."""
+"""What the experiments share: words, jobs that are not done twice, intervals over patients and seeds."""
 
 import argparse
 import importlib.metadata
@@ -110,39 +110,29 @@ def call(script, *words):
         raise SystemExit(code)
 
 
-def patient_means(rows, keep):
-    """Mean non-empty Dice {(repetition, case): Dice} of the rows of a cases.csv that `keep(row)` chooses.
-
-    A row's repetition is its column `seed` or `fold`.
-    """
-    scores = {}
-    for row in rows:
-        if keep(row) and row["dice"] not in ("", "nan"):
-            repetition = row.get("seed") or row.get("fold")
-            scores.setdefault((repetition, row["case"]), []).append(float(row["dice"]))
-    return {key: np.mean(values) for key, values in scores.items()}
-
-
 def interval(differences, resamples=10_000):
-    """Mean and 95 % bootstrap interval of differences (repetitions, patients), resampled, NaN left out."""
+    """Mean and 95 % bootstrap interval of differences (seeds, patients), resampled, NaN left out."""
     generator = np.random.default_rng(0)
     differences = np.atleast_2d(differences)
     differences = differences[:, ~np.isnan(differences).all(0)]
-    repetitions, patients = differences.shape
+    seeds, patients = differences.shape
     means = []
     for _ in range(resamples):
-        drawn = differences[generator.integers(repetitions, size=repetitions)]
+        drawn = differences[generator.integers(seeds, size=seeds)]
         means.append(np.nanmean(drawn[:, generator.integers(patients, size=patients)]))
     return np.nanmean(differences), *np.percentile(means, (2.5, 97.5))
 
 
 def by_seed(rows, keep):
-    """Mean Dice of each seed and patient of `rows`, (seeds, patients), over the rows that `keep(row)`
-    chooses; NaN where there is none.
+    """Mean non-empty Dice of each seed and patient of `rows`, of a cases.csv with a column `seed`,
+    (seeds, patients), over the rows that `keep(row)` chooses; NaN where there is none.
     """
-    means = patient_means(rows, keep)
     seeds, cases = (sorted({row[name] for row in rows}) for name in ("seed", "case"))
-    return np.array([[means.get((seed, case), np.nan) for case in cases] for seed in seeds])
+    scores = {}
+    for row in rows:
+        if keep(row) and row["dice"] not in ("", "nan"):
+            scores.setdefault((row["seed"], row["case"]), []).append(float(row["dice"]))
+    return np.array([[np.mean(scores.get((seed, case), np.nan)) for case in cases] for seed in seeds])
 
 
 def over_seeds(values, form=".3f"):

@@ -6,8 +6,9 @@ All labelled patients of DATA are dealt into folds; each is tested on by network
 the expert labels of ED alone (--labelled-phases ED) the registration learns from images, carries them to ES,
 and `original` (ED) and `propagated` (ED and carried ES) are trained at equal steps; `bound` is trained on the
 expert labels of both. `--patients all 5 10 25` does it for so many labelled patients as well, the others
-being unlabelled, without the `bound`. Finished runs are in OUT/cases.csv and are not run again. Ends with the
-Dice at ES, and paired differences with 95 % intervals over patients.
+being unlabelled, without the `bound`; `--seeds N` trains all networks of a fold N times. Finished runs are in
+OUT/cases.csv and are not run again. Ends with the Dice at ES, and paired differences with 95 % intervals over
+patients and seeds.
 """
 
 import csv
@@ -15,7 +16,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-from common import arguments, call, interval, patient_means, results
+from common import arguments, by_seed, call, over_seeds, results, with_interval
 
 import evaluate
 import propagate_labels
@@ -25,7 +26,7 @@ from cardiac import REGIONS, evaluation
 from cardiac.files import read_csv
 from cardiac.layouts import read_cases
 
-COLUMNS = ("fold", "patients", *evaluation.CASES)
+COLUMNS = ("seed", "fold", "patients", *evaluation.CASES)
 
 
 def write_fold(data, root, fold, folds):
@@ -48,11 +49,11 @@ def write_fold(data, root, fold, folds):
     return root
 
 
-def run(data, out, patients, words):
-    """Train and score `original`, `propagated` and, with all patients labelled, `bound` on one fold: rows of
-    cases.csv.
+def run(data, out, patients, seed, words):
+    """Train and score `original`, `propagated` and, with all patients labelled, `bound` on one fold from one
+    seed: rows of cases.csv.
     """
-    common = ["--data", data, "--cache", data.parent / "cache", "--recipe", words.recipe]
+    common = ["--data", data, "--cache", data.parent / "cache", "--recipe", words.recipe, "--seed", seed]
     grid = ["--size", words.size, "--spacing", words.spacing]
     few = [] if patients == "all" else ["--labelled-cases", patients]
     budget = ["--max-steps", words.steps, "--steps-per-epoch", 100, "--channels", words.channels]
@@ -70,40 +71,43 @@ def run(data, out, patients, words):
     return rows + [{**row, "model": "bound"} for row in read_csv(bound / "evaluation" / "cases.csv")]
 
 
+def dice_of(rows, model, regions=REGIONS):
+    """Mean Dice of each seed and patient over these regions: (seeds, patients)."""
+    return by_seed(rows, lambda row: row["model"] == model and row["region"] in regions)
+
+
 def print_results(rows):
     """Dice at ES by region and model, and the paired differences, for each number of labelled patients."""
     for patients in dict.fromkeys(row["patients"] for row in rows):
         own = [row for row in rows if row["patients"] == patients and row["phase"] == "ES"]
         print(f"\nlabelled patients: {patients}; ES, {len({row['case'] for row in own})} test patients\n")
-        means, lines = {}, [["model", *REGIONS, "mean"]]
-        for model in dict.fromkeys(row["model"] for row in own):
-            mine = [row for row in own if row["model"] == model]
-            means[model] = patient_means(mine, lambda row: True)
-            cells = [patient_means(mine, lambda row, r=region: row["region"] == r) for region in REGIONS]
-            cells = [np.mean(list(cell.values())) for cell in (*cells, means[model])]
-            lines.append([model, *(f"{cell:.3f}" for cell in cells)])
+        models = dict.fromkeys(row["model"] for row in own)
+        lines = [["model", *REGIONS, "mean"]]
+        for model in models:
+            cells = [dice_of(own, model, (region,)) for region in REGIONS] + [dice_of(own, model)]
+            lines.append([model, *(over_seeds(np.nanmean(cell, 1)) for cell in cells)])
         print(evaluation.aligned(lines, markdown=True))
         pairs = (("propagated", "original"), ("bound", "original"), ("bound", "propagated"))
-        for better, worse in (pair for pair in pairs if pair[0] in means):
-            both = sorted(means[better].keys() & means[worse].keys())
-            mean, low, high = interval([means[better][key] - means[worse][key] for key in both])
-            print(f"{better} - {worse} = {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
+        for better, worse in (pair for pair in pairs if pair[0] in models):
+            difference = dice_of(own, better) - dice_of(own, worse)
+            print(f"{better} - {worse} = {with_interval(difference, '+.4f')}")
 
 
 def main():
-    numbers = {"folds": 5, "size": 96, "spacing": 1.6, "channels": 16, "steps": 500}
+    numbers = {"folds": 5, "seeds": 1, "size": 96, "spacing": 1.6, "channels": 16, "steps": 500}
     parser = arguments(__doc__, "scarce", **numbers, registration_steps=1000)
     what = "numbers of labelled patients to try, or all"
     parser.add_argument("--patients", nargs="+", default=["all"], help=what)
     parser.add_argument("--recipe", default="strong", choices=("paper", "strong"))
     words = parser.parse_args()
 
-    def train(fold, patients):
+    def train(seed, fold, patients):
         place = words.out / f"fold{fold}"
         data = write_fold(words.data, place / "data", fold, words.folds)
-        return run(data, place / patients, patients, words)
+        return run(data, place / patients / f"seed{seed}", patients, seed, words)
 
-    jobs = [{"fold": fold, "patients": n} for fold in range(words.folds) for n in words.patients]
+    jobs = [{"seed": seed, "fold": fold, "patients": patients} for seed in range(words.seeds)
+            for fold in range(words.folds) for patients in words.patients]  # fmt: skip
     print_results(results(words.out / "cases.csv", COLUMNS, jobs, train, words))
 
 
