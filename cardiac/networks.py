@@ -44,12 +44,14 @@ class RegistrationNetwork(nn.Module):
         Returns the velocity (B, 2, H/2, W/2), float32, in half-resolution pixels.
         """
         x = torch.cat([moving, fixed, regions] if self.guided else [moving, fixed], dim=1)
-        skips = []
-        for level in self.encoder:
+        # the finest level has no skip: pooled first, its activation costs a quarter and gives the same
+        convolution, activation = self.encoder[0]
+        x, skips = activation(F.max_pool2d(convolution(x), 2)), []
+        for level in self.encoder[1:]:
             x = level(x)
             skips.append(x)
             x = F.max_pool2d(x, 2)
-        for level, skip in zip(self.decoder[:-1], skips[:0:-1]):
+        for level, skip in zip(self.decoder[:-1], reversed(skips)):
             x = torch.cat([F.interpolate(level(x), scale_factor=2, mode="nearest"), skip], dim=1)
         x = self.last(self.decoder[-1](x))
         with torch.autocast(x.device.type, enabled=False):  # too coarse to integrate in bfloat16
@@ -165,7 +167,7 @@ def velocities(network, moving, fixed, labels, batch_size=None):
     parts, batch_size = [], batch_size or _inference_batch(moving)
     for slices in zip(*(each.split(batch_size) for each in (moving, fixed, one_hot(labels)))):
         with mixed_precision(moving.device):
-            parts.append(network(*(each.contiguous(memory_format=torch.channels_last) for each in slices)))
+            parts.append(network(*slices))
     return torch.cat(parts)
 
 
@@ -218,6 +220,6 @@ def segment(network, images, batch_size=None):
     parts, batch_size = [], batch_size or _inference_batch(images)
     for part in images.split(batch_size):
         with mixed_precision(images.device):
-            logits = network(part.contiguous(memory_format=torch.channels_last))
+            logits = network(part)
         parts.append(logits.float().softmax(1))
     return torch.cat(parts)
