@@ -8,8 +8,8 @@ points from the fixed grid into the moving image:
 
 so the labels of ED reach frame t with moving = ED and fixed = t. A velocity is stationary, has the same
 layout and is never used for warping; `integrate` makes a displacement of it. Pixel i of N lies at (2 i + 1) /
-N - 1 (`align_corners=False`), for every resize and every `grid_sample`; `_sampling_grid` is the one place
-where pixels become normalised coordinates. All of it runs in float32 outside autocast: a bfloat16 coordinate
+N - 1 (`align_corners=False`), for every resize and every `grid_sample`; `_normalised` is the one place where
+pixels become normalised coordinates. All of it runs in float32 outside autocast: a bfloat16 coordinate
 is off by up to a third of a pixel at 192 pixels.
 """
 
@@ -27,8 +27,7 @@ def warp(image, displacement, mode="bilinear"):
     the border, since zeros would draw dark tissue into the image. Returns float32 (B, C, H, W).
     """
     with torch.autocast(image.device.type, enabled=False):
-        grid = _sampling_grid(displacement.float())
-        return F.grid_sample(image.float(), grid, mode=mode, padding_mode="border", align_corners=False)
+        return _sample(image.float(), _normalised(displacement.float()), mode)
 
 
 def integrate(velocity, steps=7):
@@ -37,10 +36,11 @@ def integrate(velocity, steps=7):
     Arsigny et al., 2006; Dalca et al., 2018: u = v / 2^steps, then `steps` times u <- u o (id + u) + u. The
     inverse displacement is `integrate(-velocity)`.
     """
-    displacement = velocity.float() / 2**steps
-    for _ in range(steps):
-        displacement = compose(displacement, displacement)
-    return displacement
+    with torch.autocast(velocity.device.type, enabled=False):
+        u = _normalised(velocity.float()) / 2**steps  # here, not at every step: sampling does not mind
+        for _ in range(steps):
+            u = u + _sample(u, u)
+        return _in_pixels(u)
 
 
 def compose(first, second):
@@ -89,14 +89,27 @@ def jacobian_determinant(displacement):
     return (1 + du_dh[:, 0]) * (1 + du_dw[:, 1]) - du_dw[:, 0] * du_dh[:, 1]
 
 
-def _sampling_grid(displacement):
-    """Normalised coordinates (B, H, W, 2) for `grid_sample`, which wants (along W, along H).
+def _sample(image, offset, mode="bilinear"):
+    """`image` (B, C, H, W) at x + offset(x), where the offset (B, 2, H, W) is `_normalised`; float32."""
+    grid = _pixels(*offset.shape[-2:], offset.device)[0] + offset
+    with torch.no_grad():  # its gradient would take as long as that of the sampling
+        # on the CPU the backward pass of `grid_sample` would read and write outside its tensors for NaN
+        grid.nan_to_num_(nan=0.0)
+    # the coordinates lie in memory as two planes, which are written and read faster than pairs
+    grid = grid.permute(0, 2, 3, 1)
+    return F.grid_sample(image, grid, mode=mode, padding_mode="border", align_corners=False)
 
-    They lie in memory as two planes, which are written and read faster than pairs. 0 for NaN: on the CPU the
-    backward pass of `grid_sample` would read and write outside its tensors.
+
+def _normalised(displacement):
+    """A displacement in pixels, (along H, along W), as `grid_sample` wants it: (along W, along H), in halves
+    of the grid.
     """
-    pixels, pixel = _pixels(*displacement.shape[-2:], displacement.device)
-    return (pixels + displacement.flip(1) * pixel).nan_to_num_(nan=0.0).permute(0, 2, 3, 1)
+    return displacement.flip(1) * _pixels(*displacement.shape[-2:], displacement.device)[1]
+
+
+def _in_pixels(offset):
+    """The way back from `_normalised`."""
+    return (offset / _pixels(*offset.shape[-2:], offset.device)[1]).flip(1)
 
 
 # A step asks for the same numbers ten times. Made anew, they would be many launches each on a GPU, or a copy
