@@ -37,7 +37,7 @@ def integrate(velocity, steps=7):
     inverse displacement is `integrate(-velocity)`.
     """
     with torch.autocast(velocity.device.type, enabled=False):
-        u = _normalised(velocity.float()) / 2**steps  # here, not at every step: sampling does not mind
+        u = _normalised(velocity.float()) / 2**steps  # once, not at every step: sampling commutes with it
         for _ in range(steps):
             u = u + _sample(u, u)
         return _in_pixels(u)
