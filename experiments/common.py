@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cardiac import phantom
+from cardiac import REGIONS, phantom
 from cardiac.files import read_csv, read_json, write_csv, write_json
 
 WORDS = {
@@ -113,7 +113,6 @@ def call(script, *words):
 def interval(differences, resamples=10_000):
     """Mean and 95 % bootstrap interval of differences (seeds, patients), resampled, NaN left out."""
     generator = np.random.default_rng(0)
-    differences = np.atleast_2d(differences)
     differences = differences[:, ~np.isnan(differences).all(0)]
     seeds, patients = differences.shape
     means = []
@@ -133,6 +132,11 @@ def by_seed(rows, keep):
         if keep(row) and row["dice"] not in ("", "nan"):
             scores.setdefault((row["seed"], row["case"]), []).append(float(row["dice"]))
     return np.array([[np.mean(scores.get((seed, case), np.nan)) for case in cases] for seed in seeds])
+
+
+def dice_of(rows, model, regions=REGIONS):
+    """Mean Dice of each seed and patient by one model, over these regions: (seeds, patients)."""
+    return by_seed(rows, lambda row: row["model"] == model and row["region"] in regions)
 
 
 def over_seeds(values, form=".3f"):

@@ -13,7 +13,7 @@ wall time, validations included. Other flags are those of train_segmentation.py,
 
 import numpy as np
 import torch
-from common import arguments, by_seed, results, with_interval
+from common import arguments, dice_of, results, with_interval
 from monai.networks.nets import DynUNet
 
 from cardiac import CLASSES, REGIONS, evaluation
@@ -87,11 +87,6 @@ def run(model, seed, words, others):
     return [{"parameters": parameters, "training_seconds": seconds, **row} for row, _ in scored]
 
 
-def dice_of(rows, model, region):
-    """Mean Dice of each seed and patient, of one region or of all (None): (seeds, patients)."""
-    return by_seed(rows, lambda row: row["model"] == model and region in (None, row["region"]))
-
-
 def print_results(rows):
     """Dice on Testing by region and in all, and the paired differences."""
     seeds, cases = ({row[name] for row in rows} for name in ("seed", "case"))
@@ -99,13 +94,13 @@ def print_results(rows):
     lines = [["model", *REGIONS, "mean", "parameters", "training minutes"]]
     for model in MODELS:
         own = [row for row in rows if row["model"] == model]
-        cells = [with_interval(dice_of(rows, model, region), ".3f") for region in (*REGIONS, None)]
+        cells = [with_interval(dice_of(rows, model, regions), ".3f") for regions in (*zip(REGIONS), REGIONS)]
         minutes = np.mean([float(row["training_seconds"]) for row in own]) / 60
         lines.append([model, *cells, own[0]["parameters"], f"{minutes:.1f}"])
     for better, worse in (("U-Net, strong", "DynUNet, strong"), ("U-Net, strong", "U-Net, paper")):
         cells = [
-            with_interval(dice_of(rows, better, region) - dice_of(rows, worse, region), "+.3f")
-            for region in (*REGIONS, None)
+            with_interval(dice_of(rows, better, regions) - dice_of(rows, worse, regions), "+.3f")
+            for regions in (*zip(REGIONS), REGIONS)
         ]
         lines.append([f"{better} - {worse}", *cells, "", ""])
     print(aligned(lines, markdown=True))

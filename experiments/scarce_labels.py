@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-from common import arguments, by_seed, call, over_seeds, results, with_interval
+from common import arguments, call, dice_of, over_seeds, results, with_interval
 
 import evaluate
 import propagate_labels
@@ -71,11 +71,6 @@ def run(data, out, patients, seed, words):
     return rows + [{**row, "model": "bound"} for row in read_csv(bound / "evaluation" / "cases.csv")]
 
 
-def dice_of(rows, model, regions=REGIONS):
-    """Mean Dice of each seed and patient over these regions: (seeds, patients)."""
-    return by_seed(rows, lambda row: row["model"] == model and row["region"] in regions)
-
-
 def print_results(rows):
     """Dice at ES by region and model, and the paired differences, for each number of labelled patients."""
     for patients in dict.fromkeys(row["patients"] for row in rows):
@@ -84,7 +79,7 @@ def print_results(rows):
         models = dict.fromkeys(row["model"] for row in own)
         lines = [["model", *REGIONS, "mean"]]
         for model in models:
-            cells = [dice_of(own, model, (region,)) for region in REGIONS] + [dice_of(own, model)]
+            cells = [dice_of(own, model, regions) for regions in (*zip(REGIONS), REGIONS)]
             lines.append([model, *(over_seeds(np.nanmean(cell, 1)) for cell in cells)])
         print(evaluation.aligned(lines, markdown=True))
         pairs = (("propagated", "original"), ("bound", "original"), ("bound", "propagated"))
