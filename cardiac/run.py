@@ -25,13 +25,18 @@ class Terminated(BaseException):
 
 
 WAYS_OUT = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+# what CUDA and its libraries say, in errors that are no OutOfMemoryError, of a full card and of one that this
+# PyTorch cannot use
+FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+UNUSABLE = ("no kernel image is available", "busy or unavailable")
 
 
 def script(main):
     """Turn `main(argv)` into a script's entry: what the user must mend is one line on stderr, exit code 2.
 
     Ctrl-C exits with 130 and SIGTERM with 143, as shells count; both unwind the stack, so that temporary
-    files go and the training loop saves. Under torchrun the first process speaks for all.
+    files go and the training loop saves. Under torchrun the first process speaks for all, but for what can
+    befall another alone.
     """
 
     def run(argv):
@@ -49,15 +54,17 @@ def script(main):
             if parallel.RANK and "closed by peer" in str(error):
                 return 1  # the first process has left and says why
             # compiled code that the signal hit may have made another exception of it
-            found = _last_words(WAYS_OUT[arrived[0]]() if arrived else error)
+            error = WAYS_OUT[arrived[0]]() if arrived else error
+            found = _last_words(error)
             if not found:
                 raise
             message, code = found
+            befell_one = not isinstance(error, (InputError, *WAYS_OUT.values()))
         if code > 2:
             message += "; the same command goes on from here"
             if "--overwrite" in (sys.argv if argv is None else argv):
                 message += ", without --overwrite"
-        if parallel.RANK == 0:
+        if parallel.RANK == 0 or befell_one:
             print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
         return code
 
@@ -79,10 +86,14 @@ def _last_words(error):
         return "terminated", 143
     if isinstance(error, InputError):
         return str(error), 2
-    if isinstance(error, torch.cuda.OutOfMemoryError):
+    text = str(error)
+    if isinstance(error, torch.cuda.OutOfMemoryError) or any(words in text for words in FULL):
         return "out of GPU memory: lower --size (or --batch-size, --channels), or take --device cpu", 2
+    if any(words in text for words in UNUSABLE):
+        what = "free the card, install a PyTorch that is built for it, or take --device cpu"
+        return f"{text.splitlines()[0]}: {what}", 2
     # of a worker that the kernel killed there is no more than a BrokenExecutor; the text is torch's
-    if isinstance(error, (MemoryError, BrokenExecutor)) or "can't allocate memory" in str(error):
+    if isinstance(error, (MemoryError, BrokenExecutor)) or "can't allocate memory" in text:
         return "out of memory: lower --size, --batch-size or --workers", 2
     if isinstance(error, OSError):
         reason = error.strerror or str(error)
@@ -137,6 +148,8 @@ def choose_device(name):
             what = f"{parallel.ON_THIS_HOST} processes, but this machine has {cards} CUDA device(s)"
             raise InputError(f"torchrun started {what}; lower --nproc_per_node")
         torch.cuda.set_device(parallel.LOCAL_RANK)
+    if name == "cuda":
+        torch.zeros(1, device=name).item()  # what is wrong with a card is said before any work is done
     return torch.device(name)
 
 

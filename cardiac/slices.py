@@ -13,6 +13,9 @@ import torch
 from cardiac.losses import IGNORED
 from cardiac.parallel import ON_THIS_HOST, share
 
+# bytes of a card that training takes beside its slices: 16 of 192 x 192 and 32 channels in float32
+NETWORK = 3e9
+
 
 def step_generator(seed, step):
     """A CPU generator whose draws depend on (seed, step) alone, and are the same on every device."""
@@ -52,12 +55,20 @@ class SliceStore:
 
     def images(self, rows):
         """Slices of these rows, (B,) on the CPU: (B, 1, S, S) float32 on the device."""
+        file = self.place == "file"
+        images = self._sent(self._from_file(rows)) if file else self.rows_of(self._images, rows)
+        return images[:, None].float()
+
+    def rows_of(self, tensor, rows):
+        """These rows, (B,) on the CPU, of a tensor that lies where the images do, or in host memory."""
         if self.place == "device":
-            return self._images[rows.to(self.device, non_blocking=True)][:, None].float()
-        images = self._from_file(rows) if self.place == "file" else self._images[rows]
-        if self.device.type == "cuda":
-            images = images.pin_memory()  # the card fetches it while the processor goes on
-        return images.to(self.device, non_blocking=True)[:, None].float()
+            return tensor[rows.to(self.device, non_blocking=True)]
+        return self._sent(tensor[rows])
+
+    def _sent(self, tensor):
+        if self.device.type == "cuda" and not tensor.is_cuda:
+            tensor = tensor.pin_memory()  # the card fetches it while the processor goes on
+        return tensor.to(self.device, non_blocking=True)
 
     def frame(self, case, frame):
         """All slices of a frame of one of this store's cases: (Z, 1, S, S) float32 on the device."""
@@ -108,12 +119,14 @@ def _rebase(cases):
 
 
 def _place(size, device):
-    """Where `size` bytes of slices go, leaving room for the network: "device", "host" or "file"."""
-    if device.type == "cuda" and size < 0.6 * torch.cuda.mem_get_info(device)[0]:
+    """Where `size` bytes of slices go, leaving room for the network, and for as much again of propagated
+    labels and trust: "device", "host" or "file".
+    """
+    if device.type == "cuda" and 2 * size + NETWORK < torch.cuda.mem_get_info(device)[0]:
         return "device"
     with open("/proc/meminfo") as file:  # what is free, and what the system keeps of files and can give up
         available = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    if size < 0.6 * 1024 * available / ON_THIS_HOST:
+    if 2 * size < 0.8 * 1024 * available / ON_THIS_HOST:
         return "device" if device.type == "cpu" else "host"
     return "file"
 
@@ -172,27 +185,29 @@ class LabelledSlices:
     """Slices with labels, expert or propagated.
 
     rows: (N,) of the store's images, the expert's first; labels: (N, S, S) uint8 and trust: (P + 1, S, S)
-    uint8 on the device, of the P propagated ones and, as row -1, the full trust of all others. expert_share:
-    of the slices drawn that are expert ones; 0: every slice is as likely.
+    uint8, of the P propagated ones and, as row -1, the full trust of all others; both on the device where the
+    store's images are, else in host memory. expert_share: of the slices drawn that are expert ones; 0: every
+    slice is as likely.
     """
 
     def __init__(self, store, propagated=None, expert_share=0.0):
         self.store, self.expert_share = store, expert_share
         places = [(case, frame) for case in store.cases for frame in case.expert]
         self.rows = torch.from_numpy(np.concatenate([case.rows(frame) for case, frame in places]))
-        self.labels = torch.cat([store.expert(case, frame) for case, frame in places])
+        labels = [store.expert(case, frame).cpu() for case, frame in places]
         self.expert = len(self.rows)
-        full = np.full((1, *self.labels.shape[1:]), 255, np.uint8)
+        trust = np.full((1, *labels[0].shape[1:]), 255, np.uint8)
         if propagated is not None:
             cases = {case.code: case for case in store.cases}
             # patients held out for validation have propagated labels too
             used = np.array([code in cases for code, _, _ in propagated.where], bool)
             rows = [cases[code].rows(frame)[z] for code, frame, z in propagated.where if code in cases]
             self.rows = torch.cat([self.rows, torch.tensor(rows, dtype=torch.long)])
-            self.labels = torch.cat([self.labels, torch.from_numpy(propagated.labels[used]).to(store.device)])
+            labels.append(torch.from_numpy(propagated.labels[used]))
             if propagated.trust is not None:
-                full = np.concatenate([propagated.trust[used], full])
-        self.trust = torch.from_numpy(full).to(store.device)
+                trust = np.concatenate([propagated.trust[used], trust])
+        there = store.device if store.place == "device" else torch.device("cpu")
+        self.labels, self.trust = torch.cat(labels).to(there), torch.from_numpy(trust).to(there)
 
     def __len__(self):
         return len(self.rows)
@@ -209,6 +224,6 @@ class LabelledSlices:
             which = torch.where(chance[0] < self.expert_share, one, self.expert + other)
         which = share(which)
         trust = torch.where(which < self.expert, -1, which - self.expert).clamp(max=len(self.trust) - 1)
-        images = self.store.images(self.rows[which])
-        which, trust = (each.to(self.store.device, non_blocking=True) for each in (which, trust))
-        return images, self.labels[which], self.trust[trust]
+        store = self.store
+        labels, trust = store.rows_of(self.labels, which), store.rows_of(self.trust, trust)
+        return store.images(self.rows[which]), labels, trust

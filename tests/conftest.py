@@ -1,6 +1,8 @@
-"""One thread a process, so that runs repeat bit for bit, and one tiny run that tests share (to read, not to
-change).
+"""One thread a process and no card but for `pytest -m cuda`, so that runs repeat bit for bit, and one tiny
+run that tests share (to read, not to change).
 """
+
+import os
 
 import pytest
 import torch
@@ -12,6 +14,14 @@ import train_segmentation
 
 TINY = "--size 32 --spacing 2 --workers 1 --device cpu"
 SHORT = "--steps-per-epoch 2 --max-steps 4 --batch-size 4"
+NO_CARD = pytest.mark.skipif("not torch.cuda.is_available()", reason="needs a CUDA device: pytest -m cuda")
+NEEDS_CARD = (pytest.mark.cuda, NO_CARD)
+
+
+def pytest_configure(config):
+    # most tests compare runs bit by bit, which a card does not promise
+    if config.option.markexpr.strip() != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,12 +2,13 @@
 lies on the right side, and no step of training waits for it.
 """
 
+import contextlib
 import pickle
 
 import pytest
 import torch
-from card import STAGED, made_of_the_cpu
-from conftest import SHORT
+from card import STAGED, Card, made_of_the_cpu
+from conftest import NEEDS_CARD, NO_CARD, SHORT
 
 import evaluate
 import propagate_labels
@@ -22,6 +23,10 @@ from cardiac.settings import RegistrationSettings, SegmentationSettings
 from cardiac.slices import LabelledSlices, Pairs, SliceStore
 
 CUDA = torch.device("cuda")
+CARDS = [  # a context manager, which gives the `Cards`, or None where the card is real
+    pytest.param(made_of_the_cpu, id="made"),
+    pytest.param(contextlib.nullcontext, id="real", marks=NEEDS_CARD),
+]
 
 
 WAITS = {
@@ -76,19 +81,20 @@ def test_the_card_behaves_as_a_card():
         assert there.grad.tolist() == [2, 2, 2]
 
 
+@pytest.mark.parametrize("card", CARDS)
 @pytest.mark.parametrize("recipe", ["paper", "strong", "strong --labelled-phases ED"])
-def test_the_scripts_run_on_it(recipe, tiny_data, tmp_path, capsys):
+def test_the_scripts_run_on_it(recipe, card, tiny_data, tmp_path, capsys):
     words = ["--data", str(tiny_data), "--out", str(tmp_path / "run"), "--workers", "1", "--device", "cuda"]
     first = ["--recipe", *recipe.split(), "--size", "32", "--spacing", "2", *SHORT.split()]
     scan = str(next(tiny_data.rglob("*_sa.nii.gz")))
-    with made_of_the_cpu():
+    with card() as made:
         assert train_registration.main([*words, *first]) == 0
         assert train_registration.main([*words, "--max-steps", "5"]) == 0  # goes on from last.pt
         assert propagate_labels.main([*words, "--frames", "all", "--nifti"]) == 0
         assert train_segmentation.main([*words, *SHORT.split(), "--channels", "2"]) == 0
         assert evaluate.main([*words, "--all-frames"]) == 0
         assert evaluate.main([*words[2:], "--predict", scan]) == 0
-    assert capsys.readouterr().out.count("on cuda (made of the CPU)") == 8
+    assert capsys.readouterr().out.count("on cuda (made of the CPU)" if made else "on cuda (") == 8
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +103,13 @@ def cache(tiny_data, tmp_path_factory):
     return open_cache(RegistrationSettings(data=tiny_data, cache=folder, size=32, spacing=2.0, workers=1))
 
 
-def task_of(kind, recipe, cache):
+def task_of(kind, recipe, cache, place=None):
     """A task of the training loop with the settings of a recipe, its data on the card."""
     settings = kind(recipe=recipe, batch_size=4, steps_per_epoch=1000)
     for name, value in kind.STRONG.items() if recipe == "strong" else ():
         setattr(settings, name, value)
-    stores = [SliceStore(cache, cache.split(name), CUDA) for name in ("Training", "Validation")]
+    names = ("Training", "Validation")
+    stores = [SliceStore(cache, cache.split(name), CUDA, place=place) for name in names]
     if kind is RegistrationSettings:
         return train_registration.Registration(settings, *stores)
     return train_segmentation.Segmentation(settings, LabelledSlices(stores[0]), stores[1])
@@ -114,6 +121,25 @@ UPLOADS = {
     (SegmentationSettings, "paper"): 3,
     (SegmentationSettings, "strong"): 8,
 }
+
+
+@pytest.mark.parametrize("recipe", ["paper", "strong"])
+@pytest.mark.parametrize("kind", [RegistrationSettings, SegmentationSettings])
+@pytest.mark.parametrize("place", ["device", "host", "file"])
+@pytest.mark.cuda
+@NO_CARD
+def test_no_step_synchronises_with_a_real_card(kind, recipe, place, cache, tmp_path):
+    task = task_of(kind, recipe, cache, place)
+    run = training.Run(task, task.settings, tmp_path, CUDA)
+    run.begin()
+    for _ in range(2):
+        run.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            run.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("recipe", ["paper", "strong"])
@@ -142,11 +168,14 @@ def test_a_step_does_not_wait_for_the_card(kind, recipe, cache, tmp_path):
 @pytest.mark.parametrize("place", ["device", "host", "file"])
 def test_drawing_does_not_wait_for_the_card(place, cache):
     with made_of_the_cpu() as card:
-        pairs = Pairs(SliceStore(cache, cache.split("Training"), CUDA, place=place), 0.5)
+        store = SliceStore(cache, cache.split("Training"), CUDA, place=place)
+        pairs, slices = Pairs(store, 0.5), LabelledSlices(store)
+        assert isinstance(slices.labels, Card) == (place == "device")
         card.waits.clear()
         batch = pairs.draw(64, 0, 0)
-        assert batch.moving.is_cuda
-        assert batch.moving.numel() * 2 > STAGED
+        images, labels, trust = slices.draw(128, 0, 0)
+        assert all(each.is_cuda for each in (batch.moving, images, labels, trust))
+        assert min(batch.moving.numel() * 2, labels.numel()) > STAGED
         assert card.waits == []
 
 

