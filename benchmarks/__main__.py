@@ -59,8 +59,9 @@ def machine():
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
     processor = f"{len(names)} x {names[0]}" if names else platform.machine()
+    clock = "all times on the wall, " if device.type == "cuda" else ""
     return (
-        f"{datetime.date.today()}, {processor}, {describe(device)}, "
+        f"{datetime.date.today()}, {processor}, {describe(device)}, {clock}"
         f"torch {torch.__version__.split('+')[0]}, MONAI {monai.__version__}, "
         f"Python {platform.python_version()}"
     )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import train_registration
-from benchmarks.common import CPU, DEVICE, Row, cache_of, in_turn, memory_of, ratio, write_dataset
+from benchmarks.common import CALLS, CPU, DEVICE, Row, cache_of, in_turn, memory_of, ratio, write_dataset
 from benchmarks.reading import read
 from cardiac import nifti
 from cardiac.cache import open_cache
@@ -164,8 +164,8 @@ def from_file(folder, rounds):
             optimizer.step()
 
         resident = {"device": lambda: step("device")}
-        warm = in_turn({**resident, "file": lambda: step("file")}, 4 * rounds)
-        disk = in_turn({**resident, "file": lambda: step("file", True)}, 4 * rounds, wall=True)
+        warm = in_turn({**resident, "file": lambda: step("file")}, 4 * rounds, calls=CALLS)
+        disk = in_turn({**resident, "file": lambda: step("file", True)}, 4 * rounds, True, CALLS)
     return [
         Row("a step, resident", list(1000 * warm["device"]), "ms"),
         ratio("from the file, in the page cache / resident", warm["file"], warm["device"], at_most=1.15),
