@@ -27,7 +27,7 @@ GRID = "--size 96 --spacing 2"  # 192 mm: the phantom's field of view
 STEPS = (
     (train_registration, f"{GRID} --recipe strong --max-steps 1000 --steps-per-epoch 100"),
     (propagate_labels, ""),
-    (train_segmentation, "--channels 16 --max-steps 300 --steps-per-epoch 50"),
+    (train_segmentation, "--channels 8 --max-steps 600 --steps-per-epoch 100"),
     (evaluate, ""),
 )
 
