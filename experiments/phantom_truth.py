@@ -134,7 +134,7 @@ def print_table(rows):
 
 
 def main():
-    parser = arguments(__doc__, "truth", data=False, seeds=3, size=112, spacing=1.4, steps=1500)
+    parser = arguments(__doc__, "truth", data=False, seeds=3, size=112, spacing=1.4, steps=2500)
     words = parser.parse_args()
     data = phantom_in(words.out / "phantom")
     jobs = [{"seed": seed, "recipe": recipe} for seed in range(words.seeds) for recipe in RECIPES]
