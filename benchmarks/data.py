@@ -165,7 +165,7 @@ def from_file(folder, rounds):
 
         resident = {"device": lambda: step("device")}
         warm = in_turn({**resident, "file": lambda: step("file")}, 4 * rounds, calls=CALLS)
-        disk = in_turn({**resident, "file": lambda: step("file", True)}, 4 * rounds, True, CALLS)
+        disk = in_turn({**resident, "file": lambda: step("file", True)}, 4 * rounds, wall=True, calls=CALLS)
     return [
         Row("a step, resident", list(1000 * warm["device"]), "ms"),
         ratio("from the file, in the page cache / resident", warm["file"], warm["device"], at_most=1.15),

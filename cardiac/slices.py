@@ -28,7 +28,8 @@ class SliceStore:
 
     cases: the cases, with their rows counted in this store. labels: (M + 1, S, S) uint8 on the device; its
     last row is IGNORED throughout, so that row -1 stands for "no expert label". what: printed with the size
-    and place. place: "device", "host" or "file"; by default where they fit.
+    and place. place: "device", "host" or "file"; by default where they fit. memory: the device of what is
+    drawn from by `rows_of`, the images unless they are in the file.
     """
 
     def __init__(self, cache, cases, device, what=None, place=None):
@@ -38,12 +39,11 @@ class SliceStore:
         rows = sum(stop - start for start, stop in ranges)
         shape = (rows, cache.size, cache.size)
         place = place or _place(rows * cache.size**2 * 2, device)
+        self.place, self.memory = place, device if place == "device" else torch.device("cpu")
         if place == "file":
             self._rows = torch.cat([torch.arange(*each) for each in ranges])
         else:
-            there = device if place == "device" else torch.device("cpu")
-            self._images = _read_images(cache, ranges, shape, there)
-        self.place = place
+            self._images = _read_images(cache, ranges, shape, self.memory)
         labels = np.full((sum(b - a for a, b in label_ranges) + 1, *shape[1:]), IGNORED, np.uint8)
         cache.file.read("labels", label_ranges, labels)
         self.labels = torch.from_numpy(labels).to(device)
@@ -55,18 +55,18 @@ class SliceStore:
 
     def images(self, rows):
         """Slices of these rows, (B,) on the CPU: (B, 1, S, S) float32 on the device."""
-        file = self.place == "file"
-        images = self._sent(self._from_file(rows)) if file else self.rows_of(self._images, rows)
-        return images[:, None].float()
+        if self.place == "file":
+            return self._sent(self._from_file(rows))[:, None].float()
+        return self.rows_of(self._images, rows)[:, None].float()
 
     def rows_of(self, tensor, rows):
-        """These rows, (B,) on the CPU, of a tensor that lies where the images do, or in host memory."""
+        """These rows, (B,) on the CPU, of a tensor that lies in `memory`: on the device."""
         if self.place == "device":
             return tensor[rows.to(self.device, non_blocking=True)]
         return self._sent(tensor[rows])
 
     def _sent(self, tensor):
-        if self.device.type == "cuda" and not tensor.is_cuda:
+        if self.device.type == "cuda":
             tensor = tensor.pin_memory()  # the card fetches it while the processor goes on
         return tensor.to(self.device, non_blocking=True)
 
@@ -185,9 +185,8 @@ class LabelledSlices:
     """Slices with labels, expert or propagated.
 
     rows: (N,) of the store's images, the expert's first; labels: (N, S, S) uint8 and trust: (P + 1, S, S)
-    uint8, of the P propagated ones and, as row -1, the full trust of all others; both on the device where the
-    store's images are, else in host memory. expert_share: of the slices drawn that are expert ones; 0: every
-    slice is as likely.
+    uint8, of the P propagated ones and, as row -1, the full trust of all others; both in the store's memory.
+    expert_share: of the slices drawn that are expert ones; 0: every slice is as likely.
     """
 
     def __init__(self, store, propagated=None, expert_share=0.0):
@@ -206,8 +205,8 @@ class LabelledSlices:
             labels.append(torch.from_numpy(propagated.labels[used]))
             if propagated.trust is not None:
                 trust = np.concatenate([propagated.trust[used], trust])
-        there = store.device if store.place == "device" else torch.device("cpu")
-        self.labels, self.trust = torch.cat(labels).to(there), torch.from_numpy(trust).to(there)
+        self.labels = torch.cat(labels).to(store.memory)
+        self.trust = torch.from_numpy(trust).to(store.memory)
 
     def __len__(self):
         return len(self.rows)

@@ -115,6 +115,15 @@ def task_of(kind, recipe, cache, place=None):
     return train_segmentation.Segmentation(settings, LabelledSlices(stores[0]), stores[1])
 
 
+def begun(task, folder):
+    """The run of a task on the card, after two steps: what the first ones make and keep is there."""
+    run = training.Run(task, task.settings, folder, CUDA)
+    run.begin()
+    for _ in range(2):
+        run.step()
+    return run
+
+
 UPLOADS = {
     (RegistrationSettings, "paper"): 3,
     (RegistrationSettings, "strong"): 6,
@@ -129,11 +138,7 @@ UPLOADS = {
 @pytest.mark.cuda
 @NO_CARD
 def test_no_step_synchronises_with_a_real_card(kind, recipe, place, cache, tmp_path):
-    task = task_of(kind, recipe, cache, place)
-    run = training.Run(task, task.settings, tmp_path, CUDA)
-    run.begin()
-    for _ in range(2):
-        run.step()
+    run = begun(task_of(kind, recipe, cache, place), tmp_path)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(5):
@@ -147,10 +152,7 @@ def test_no_step_synchronises_with_a_real_card(kind, recipe, place, cache, tmp_p
 def test_a_step_does_not_wait_for_the_card(kind, recipe, cache, tmp_path):
     with made_of_the_cpu() as card:
         task = task_of(kind, recipe, cache)
-        run = training.Run(task, task.settings, tmp_path, CUDA)
-        run.begin()
-        for _ in range(2):
-            run.step()
+        run = begun(task, tmp_path)
         found = []
         watched = task.network.encoder[1] if kind is RegistrationSettings else task.network.down[1]
         watched.register_forward_hook(lambda module, inputs, output: found.append(output.dtype))

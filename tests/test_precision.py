@@ -94,4 +94,4 @@ def test_losses_gradients_and_inference_agree_with_float32_on_the_cpu(learnt, de
     assert torch.cosine_similarity(found[1], expected[1], 0) > cosine
     atol = pixels if learnt[0] is registration else probability
     torch.testing.assert_close(found[2], expected[2], atol=atol, rtol=0)
-    assert found[2].std() > atol, "there is something to agree on"
+    assert found[2].std() > 2 * atol, "there is something to agree on"
