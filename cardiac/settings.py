@@ -16,15 +16,10 @@ def setting(default, help, **options):
     return field(default=default, metadata={"help": help, **options})
 
 
-LABELLED_PHASES = setting(
-    "both",
-    "expert labels that are known; the other phase's are used for scores alone",
-    choices=("ED", "ES", "both"),
-)
-LABELLED_CASES = setting(
-    None, "use the expert labels of only N Training patients, chosen by seed; the others take part without "
-    "(default: all)", metavar="N"
-)
+LABELLED_PHASES = setting("both", "expert labels that are known; the other phase's are for scores alone",
+                          choices=("ED", "ES", "both"))
+LABELLED_CASES = setting(None, "use the labels of only N Training patients, chosen by seed (default: all)",
+                         metavar="N")
 
 
 @dataclass
@@ -37,20 +32,13 @@ class Settings:
     data: Path = setting(None, "dataset in the layout of M&Ms or ACDC", required=True)
     out: Path = setting(Path("runs"), "folder of this run")
     cache: Path = setting(None, "folder of slice caches (default: folder `cache` beside OUT)")
-    device: str = setting(
-        "auto", "where to compute; auto: cuda where there is one", choices=("auto", "cpu", "cuda")
-    )
+    device: str = setting("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
     size: int = setting(192, "side of the square slices, pixels (a multiple of 16)")
     spacing: float = setting(1.25, "in-plane spacing of the slices, mm")
-    crop: str = setting(
-        "centre",
-        "slices are cut about the centre of the image, or about what moves",
-        choices=("centre", "motion"),
-    )
+    crop: str = setting("centre", "slices are cut about the centre of the image, or about what moves",
+                        choices=("centre", "motion"))
     seed: int = setting(0, "random seed; what step n draws depends on (seed, n) alone")
-    recipe: str = setting(
-        "paper", "the paper's method, or the defaults marked `strong` here", choices=("paper", "strong")
-    )
+    recipe: str = setting("paper", "strong: the defaults marked so here", choices=("paper", "strong"))
     workers: int = setting(0, "processes that read, unpack and score scans (0: one a core)")
     skip_bad: bool = setting(False, "leave out cases that cannot be read, instead of stopping")
     overwrite: bool = setting(False, "start anew: remove what this script wrote in OUT before")
@@ -101,15 +89,10 @@ class TrainingSettings(Settings):
     held_out: list = setting(
         None, "labelled Training patients to validate on (default: those that the run began with; at first "
         "none where Validation has cases of vendors with training labels, else a fifth, chosen by seed)",
-        type=str, nargs="+", metavar="CODE",
-    )
+        type=str, nargs="+", metavar="CODE")
     augment: bool = setting(False, "a random transform for every sample (`augment.py`)")
-    averaging: float = setting(
-        0.0, "decay of the running average of the weights that is validated and kept; 0: none"
-    )
-    patience: int = setting(
-        10, "the learning rate is cut to a tenth after more epochs than this without a lower validation loss"
-    )
+    averaging: float = setting(0.0, "decay of the average of the weights that is validated and kept; 0: none")
+    patience: int = setting(10, "lr falls to a tenth after more epochs than this without a lower val_loss")
     profile: bool = setting(False, "write a trace of a few steps to the run's folder, print what takes time")
 
     @property
@@ -129,9 +112,7 @@ class RegistrationSettings(TrainingSettings):
     dice_weight: float = setting(0.05, "weight of the labels' overlap where both slices have expert labels")
     difference_weight: float = setting(0.0, "weight of the labels' squared difference, in the same slices")
     guided: bool = setting(False, "the labels of the moving slice, where known, are an input of the network")
-    turned: bool = setting(
-        False, "carry labels by the mean velocity of a pair as it is and turned by 180 degrees"
-    )
+    turned: bool = setting(False, "carry labels by the mean velocity of a pair as it is and half turned")
     labelled_share: float = setting(0.5, "share of pairs that are ED and ES, where both have expert labels")
 
 
@@ -141,13 +122,9 @@ class PropagationSettings(Settings):
 
     STRONG: ClassVar = {**Settings.STRONG, "trust": True, "refine": 10}
     REMADE: ClassVar = True
-    trust: bool = setting(
-        False, "fuse the labels of ED and ES, weight every pixel by trust, check every slice (`trust.py`)"
-    )
+    trust: bool = setting(False, "fuse ED's and ES's labels, weigh every pixel, check every slice (trust.py)")
     refine: int = setting(0, "steps of Adam that fit each velocity to its own two images")
-    frames: str = setting(
-        "systole", "systole: the frames between ED and ES; all: diastole too", choices=("systole", "all")
-    )
+    frames: str = setting("systole", "those between ED and ES, or diastole too", choices=("systole", "all"))
     labelled_phases: str = LABELLED_PHASES
     labelled_cases: int = LABELLED_CASES
     nifti: bool = setting(False, "write the labels as NIfTI on each case's own grid too")
@@ -159,9 +136,7 @@ class SegmentationSettings(TrainingSettings):
 
     STRONG: ClassVar = {**Settings.STRONG, "augment": True, "averaging": 0.99, "dice_weight": 1.0,
                         "expert_share": 0.5}  # fmt: skip
-    expert_share: float = setting(
-        0.0, "chance that a slice drawn is an expert one, else propagated; 0: every slice is as likely"
-    )
+    expert_share: float = setting(0.0, "share of slices drawn that are the expert's; 0: all as likely")
     dice_weight: float = setting(0.0, "weight of the soft Dice loss beside the cross-entropy")
     labels: str = setting("both", "labels to train on", choices=("original", "propagated", "both"))
     channels: int = setting(32, "channels of the U-Net's first level")
@@ -177,20 +152,15 @@ class EvaluationSettings(Settings):
 
     STRONG: ClassVar = {**Settings.STRONG, "mirrored": True}
     data: Path = setting(None, "dataset to score, the run's own or another, in the layout of M&Ms or ACDC")
-    predict: tuple = setting(
-        (), "segment these NIfTI files, or all in these folders, instead of scoring --data", type=Path,
-        nargs="+", metavar="PATH",
-    )
+    predict: tuple = setting((), "segment these NIfTI files, or those in these folders; not with --data",
+                             type=Path, nargs="+", metavar="PATH")
     channels: int = setting(32, "channels of the U-Net's first level")
     split: str = setting("Testing", "cases to score", choices=("Testing", "Validation", "Training"))
     mirrored: bool = setting(False, "average the predictions of four mirror images of each slice")
     all_frames: bool = setting(False, "predict every frame, not ED and ES alone")
-    largest_component: bool = setting(
-        False, "score each region's largest component too, beside the whole; with --predict, write that"
-    )
-    view: tuple = setting(
-        (), "show this case in the report too (repeatable)", type=str, action="append", metavar="CODE"
-    )
+    largest_component: bool = setting(False, "score each region's largest component too; --predict: write it")
+    view: tuple = setting((), "show this case in the report too (repeatable)", type=str, action="append",
+                          metavar="CODE")
 
     def check(self):
         """Raise InputError for a value that cannot work, before any work is done."""
