@@ -43,29 +43,22 @@ class Settings:
     skip_bad: bool = setting(False, "leave out cases that cannot be read, instead of stopping")
     overwrite: bool = setting(False, "start anew: remove what this script wrote in OUT before")
 
-    def writes(self, folder):
-        """Whether this call of the script writes to this one of its folders below OUT."""
-        return True
-
     def check(self):
         """Raise InputError for a value that cannot work, before any work is done."""
         counts = ("batch_size", "epochs", "max_steps", "steps_per_epoch", "channels", "labelled_cases")
-        for name in ("size", "lr", *counts):
+        limits = dict.fromkeys(counts, (1, 10**15))
+        weights = ("smoothness", "dice_weight", "difference_weight")
+        limits |= dict.fromkeys(("workers", "patience", "refine", *weights), (0, 10**15))
+        limits |= dict.fromkeys(("averaging", "labelled_share", "expert_share"), (0, 1))
+        limits |= {"size": (16, 4096), "spacing": (0.05, 100), "seed": (0, 2**63 - 1), "lr": (1e-9, 1000)}
+        for name, (least, largest) in limits.items():
             value = getattr(self, name, None)
-            if value is not None and not 0 < value < float("inf"):
-                raise InputError(f"--{name.replace('_', '-')} {value}: must be a positive number")
+            if value != getattr(type(self), name, None) and not least <= value <= largest:
+                raise InputError(f"--{name.replace('_', '-')} {value}: must lie from {least} to {largest}")
         if self.size % 16:
-            down = max(16, self.size // 16 * 16)
+            down = self.size // 16 * 16
             what = f"the networks halve it four times; take {down} or {down + 16}"
             raise InputError(f"--size {self.size}: {what}")
-        weights = ("smoothness", "dice_weight", "difference_weight")
-        limits = dict.fromkeys(("workers", "patience", "refine", *weights), (0, float("inf")))
-        limits |= dict.fromkeys(("averaging", "labelled_share", "expert_share"), (0, 1))
-        limits |= {"size": (16, 4096), "spacing": (0.05, 100), "seed": (0, 2**63 - 1), "lr": (0, 1000)}
-        for name, (least, largest) in limits.items():
-            value = getattr(self, name, least)
-            if not least <= value <= largest:
-                raise InputError(f"--{name.replace('_', '-')} {value}: must lie from {least} to {largest}")
         if not all(isinstance(code, str) for code in getattr(self, "held_out", None) or ()):
             raise TypeError("held_out: not a list of codes")
         batch, shares = getattr(self, "batch_size", None), processes()
@@ -141,10 +134,6 @@ class SegmentationSettings(TrainingSettings):
     labels: str = setting("both", "labels to train on", choices=("original", "propagated", "both"))
     channels: int = setting(32, "channels of the U-Net's first level")
 
-    def writes(self, folder):
-        """Whether this call of the script writes to this one of its folders below OUT."""
-        return self.labels in ("both", Path(folder).name)
-
 
 @dataclass
 class EvaluationSettings(Settings):
@@ -191,7 +180,8 @@ def parse(kind, argv, description, own=(), earlier=()):
         typed["held_out"] = sorted(set(typed["held_out"]))  # as runs note them
     settings = kind(**typed)
     known = dict.fromkeys(typed, "")  # name: the folder that gave its value
-    written = [folder for folder in own if settings.writes(folder)]
+    labels = getattr(settings, "labels", "both")  # of the two U-Nets this call may train one
+    written = [folder for folder in own if labels in ("both", Path(folder).name)]
     plain = {item.name: item.default for item in dataclasses.fields(kind)}
     others = [folder for folder in own if folder not in written]
     for folder in (*written, *earlier, *others):
