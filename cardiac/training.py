@@ -1,7 +1,10 @@
 """The one training loop that both networks share.
 
-A task brings a network, what a step draws, the losses and a validation; the loop brings Adam, the plateau
-schedule, mixed precision, checkpoints, resume, the log and the way out when it is interrupted.
+A task brings its `network`; `draw(step)`, this process's share of what that step (from 0) is trained on, by
+(seed, step) alone; `losses(batch)`, a dict of scalar tensors, of which "loss" is minimised and the others are
+logged; and `validate()`, a dict of numbers, of which "val_loss" drives the schedule and the largest "score"
+picks best.pt. The loop brings Adam, the plateau schedule, mixed precision, checkpoints, resume, the log and
+the way out when it is interrupted.
 """
 
 import contextlib
@@ -10,7 +13,6 @@ import math
 import os
 import resource
 import time
-from typing import Protocol
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -26,21 +28,6 @@ READ_EVERY = 20  # steps between two looks at the losses: each look waits for th
 SAVE_EVERY = 60  # seconds of work that a kill may cost at most
 BEST_BEFORE = ".best.pt"  # of whole epochs, while that of a part of one has its place
 HELP = "last.pt is older; a lower --lr may help (with --overwrite)"
-
-
-class Task(Protocol):
-    """What the loop trains."""
-
-    network: torch.nn.Module
-
-    def draw(self, step):
-        """This process's share of what step `step` (from 0) is trained on; depends on (seed, step) alone."""
-
-    def losses(self, batch):
-        """A dict of scalar tensors. "loss" is minimised, the others are logged."""
-
-    def validate(self):
-        """A dict of numbers: "val_loss" drives the schedule, "score" (the larger) picks best.pt."""
 
 
 def fit(task, settings, folder, device, outcome="curves.png"):
@@ -258,7 +245,10 @@ class Meter:
         if done == READ_EVERY:
             self.begun = self.clock  # the first steps are slower
         elif done == 2 * READ_EVERY and self.progress.step < self.bar.total:
-            self._estimate(READ_EVERY)
+            seconds, left = (self.clock - self.begun) / READ_EVERY, self.bar.total - self.progress.step
+            speed, memory = self.batch_size / seconds, peak_memory(self.device) / 1e9
+            self.bar.write(f"about {left * seconds / 60:.1f} minutes for {left} more steps, "
+                           f"{speed:.0f} samples/s, peak memory {memory:.1f} GB")
 
     def read(self):
         """Bring the sums to `progress`; returns the means over the running epoch. Waits for the device."""
@@ -279,12 +269,8 @@ class Meter:
         """Columns of log.csv, since the last call: the only ones that differ between equal runs."""
         now = time.perf_counter()
         seconds, steps = now - self.epoch_clock, self.progress.step - self.epoch_step
-        row = {
-            "seconds": self.progress.seconds,
-            "samples_per_second": steps * self.batch_size / seconds,
-            "waiting_percent": 100 * self.waited / seconds,
-            "memory_gb": peak_memory(self.device) / 1e9,
-        }
+        row = {"seconds": self.progress.seconds, "samples_per_second": steps * self.batch_size / seconds}
+        row |= {"waiting_percent": 100 * self.waited / seconds, "memory_gb": peak_memory(self.device) / 1e9}
         self.epoch_clock, self.epoch_step, self.waited = now, self.progress.step, 0.0
         return row
 
@@ -296,14 +282,6 @@ class Meter:
         shown = {name: f"{value / steps:.3f}" for name, value in sums.items()}
         self.bar.set_postfix(shown | {name: f"{value:.3f}" for name, value in self.scores.items()})
 
-    def _estimate(self, done):
-        seconds = (time.perf_counter() - self.begun) / done
-        left = seconds * (self.bar.total - self.progress.step)
-        self.bar.write(
-            f"about {left / 60:.1f} minutes for {self.bar.total - self.progress.step} more steps, "
-            f"{self.batch_size / seconds:.0f} samples/s, peak memory {peak_memory(self.device) / 1e9:.1f} GB"
-        )
-
 
 def profile_steps(folder, device, bar):
     """A profiler of five steps, a few after the start; writes `folder`/trace.json and prints what takes time.
@@ -314,9 +292,8 @@ def profile_steps(folder, device, bar):
     def report(profiler):
         with replacing(folder / "trace.json") as temporary:
             profiler.export_chrome_trace(str(temporary))
-        table = profiler.key_averages().table(
-            f"self_{device.type}_time_total", row_limit=12, max_name_column_width=40
-        )
+        order = f"self_{device.type}_time_total"
+        table = profiler.key_averages().table(order, row_limit=12, max_name_column_width=40)
         bar.write(f"{table}\n{folder / 'trace.json'}: five steps, for https://ui.perfetto.dev")
 
     steps = torch.profiler.schedule(wait=3, warmup=2, active=5, repeat=1)
