@@ -158,17 +158,14 @@ def _inference_batch(images):
 
 
 @torch.no_grad()
-def velocities(network, moving, fixed, labels, batch_size=None):
-    """The velocities (B, 2, h, w) of a registration network from `moving` to `fixed`, both (B, 1, H, W), in
-    batches.
+def velocities(network, moving, fixed, labels):
+    """The velocities (B, 2, h, w) of a registration network from `moving` to `fixed`, both (B, 1, H, W).
 
     labels: (B, H, W) of `moving`, IGNORED where they are not known, for a network that is guided by them.
     """
-    parts, batch_size = [], batch_size or _inference_batch(moving)
-    for slices in zip(*(each.split(batch_size) for each in (moving, fixed, one_hot(labels)))):
-        with mixed_precision(moving.device):
-            parts.append(network(*slices))
-    return torch.cat(parts)
+    batches = (each.split(_inference_batch(moving)) for each in (moving, fixed, one_hot(labels)))
+    with mixed_precision(moving.device):
+        return torch.cat([network(*slices) for slices in zip(*batches)])
 
 
 def refine(velocity, moving, fixed, steps, smoothness=0.03, lr=0.1):
@@ -200,26 +197,20 @@ def refine(velocity, moving, fixed, steps, smoothness=0.03, lr=0.1):
 
 
 @torch.no_grad()
-def displacements(velocity, size, batch_size=None):
-    """The displacements (B, 2, H, W), pixels, of velocities (B, 2, h, w), size = (H, W), in batches."""
-    parts = velocity.split(batch_size or _inference_batch(velocity))
-    return torch.cat([unfold(part, size) for part in parts])
+def displacements(velocity, size):
+    """The displacements (B, 2, H, W), pixels, of velocities (B, 2, h, w), size = (H, W)."""
+    return torch.cat([unfold(part, size) for part in velocity.split(_inference_batch(velocity))])
 
 
-def register(network, moving, fixed, labels, batch_size=None, steps=0):
-    """The displacements (B, 2, H, W), pixels, that carry `moving` onto `fixed`; arguments as `velocities` and
-    `refine`.
-    """
-    velocity = refine(velocities(network, moving, fixed, labels, batch_size), moving, fixed, steps)
-    return displacements(velocity, moving.shape[-2:], batch_size)
+def register(network, moving, fixed, labels, steps=0):
+    """Displacements (B, 2, H, W), pixels, that carry `moving` onto `fixed`, see `velocities` and `refine`."""
+    velocity = refine(velocities(network, moving, fixed, labels), moving, fixed, steps)
+    return displacements(velocity, moving.shape[-2:])
 
 
 @torch.no_grad()
-def segment(network, images, batch_size=None):
-    """Softmax probabilities (B, 4, H, W) of slices (B, 1, H, W), float32, in batches."""
-    parts, batch_size = [], batch_size or _inference_batch(images)
-    for part in images.split(batch_size):
-        with mixed_precision(images.device):
-            logits = network(part)
-        parts.append(logits.float().softmax(1))
+def segment(network, images):
+    """Softmax probabilities (B, 4, H, W) of slices (B, 1, H, W), float32."""
+    with mixed_precision(images.device):
+        parts = [network(part).float().softmax(1) for part in images.split(_inference_batch(images))]
     return torch.cat(parts)
