@@ -244,13 +244,9 @@ def propagate_interval(network, store, start, end, frames, trusted, steps=0):
         sourced = only.present.expand(len(frames), -1)
         sources = {phase: sourced}
     parts = (torch.where(sourced, each, torch.nan).cpu().numpy() for each in (confidence, folding))
-    masks = [(phase, mask.tolist()) for phase, mask in sources.items()]
-    named = [
-        ["+".join(phase for phase, mask in masks if mask[f][z]) for z in range(case.slices)]
-        for f in range(len(frames))
-    ]
     certainty = (255 * certainty).round().to(torch.uint8)
-    return Result(labels.cpu().numpy(), certainty.cpu().numpy(), *parts, named, fault)
+    arrays = labels.cpu().numpy(), certainty.cpu().numpy(), *parts
+    return Result(*arrays, trust.names_of(sources, "+"), fault)
 
 
 def _dilate(masks, pixels):
@@ -262,10 +258,8 @@ def _dilate(masks, pixels):
 
 # ------------------------------------------------------------------------- the registration's own quality
 
-QUALITY = (
-    "case", "vendor", "split", "region", "dice_before", "dice_after", "hd95_mm_before", "hd95_mm_after",
-    "folding_percent", "sd_log_jacobian",
-)  # fmt: skip
+QUALITY = ("case", "vendor", "split", "region", "dice_before", "dice_after", "hd95_mm_before",
+           "hd95_mm_after", "folding_percent", "sd_log_jacobian")
 
 
 @torch.no_grad()

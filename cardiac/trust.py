@@ -7,6 +7,8 @@ the other. An image that does not fit after warping, and a way there and back th
 fields that do nothing would agree as well, but there the image does not fit.
 """
 
+from itertools import compress
+
 import torch
 import torch.nn.functional as F
 
@@ -167,8 +169,10 @@ def faults(labels, ends, elapsed, folding, given_up, pixel_mm2):
         middle = (cavity[:-2] + cavity[2:]) / 2
         jumps = (cavity[1:-1] - middle).abs() > LV_CHANGE * cavity.amax(0) + LEAST_MM2
         found["LV area jumps"] = jumps & (start > 0) & (end > 0)
-    named = [(name, each.tolist()) for name, each in found.items()]
-    return [
-        ["; ".join(name for name, each in named if each[f][z]) for z in range(labels.shape[1])]
-        for f in range(len(labels))
-    ]
+    return names_of(found, "; ")
+
+
+def names_of(masks, between):
+    """The names of the masks {name: (F, Z) bool} that hold, in one text each: a (F, Z) list."""
+    holding = torch.stack(list(masks.values()), -1).tolist()
+    return [[between.join(compress(masks, flags)) for flags in frame] for frame in holding]
