@@ -90,9 +90,7 @@ def propagate(network, cache, cases, settings, device, parts=UNKEPT):
 
 
 def propagate_case(network, cache, case, settings, device):
-    """What propagation gives to one case: its rows of quality.csv, the labels and trust (N, S, S) of the N
-    slices kept, and the Dice of ED's label with ES's as it is and carried, or None where one is not known.
-    """
+    """A case's rows of quality.csv, labels and trust (N, S, S) of the N slices kept, and `carried_to_es`."""
     store = SliceStore(cache, [case], device)
     gain = propagation.carried_to_es(network, store) if len(case.expert) == 2 else None
     rows, maps = [], [np.zeros((2, 0, cache.size, cache.size), np.uint8)]

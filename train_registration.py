@@ -42,9 +42,7 @@ class Registration:
         return velocity, resize_displacement(integrate(velocity), fixed.shape[-2:])
 
     def losses(self, batch):
-        """Image similarity + smoothness + overlap of the labels (Balakrishnan et al., 2019); where it has a
-        weight, the labels' squared difference as well.
-        """
+        """Image similarity, smoothness, labels' overlap (Balakrishnan et al., 2019) and difference."""
         regions, target = losses.one_hot(batch.moving_labels), losses.one_hot(batch.fixed_labels)
         velocity, displacement = self.transform(batch.moving, batch.fixed, regions)
         # image and labels go through one grid_sample
@@ -67,9 +65,7 @@ class Registration:
         return torch.nn.functional.mse_loss(warped, fixed)
 
     def validate(self):
-        """Dice of ED's label warped to ES, by case and region; and the loss, by which the schedule goes: the
-        image term and the overlap, weighed as in training, or the former alone where no case has both labels.
-        """
+        """Dice of ED's label warped to ES; loss of the images and, where both labels are known, overlap."""
         store, images, scores = self.validation, [], []
         for case in store.cases:
             ed, es = (store.frame(case, frame) for frame in (case.ed, case.es))

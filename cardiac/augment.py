@@ -1,5 +1,4 @@
-"""A random transform for every sample of a batch, on the device: how patients lie, and what scanners differ
-in.
+"""A random transform for every sample of a batch, on the device: how patients lie, how scanners differ.
 
 Every function draws from a CPU generator (`slices.step_generator`), so that the draws of a step are the same
 on every device (but for the noise of pixels, drawn where they are), and takes a batch whole: no loop over
@@ -49,8 +48,7 @@ def move(displacement, images, labels):
 
 
 def vary_intensity(generator, images, gamma=0.5, contrast=0.3, bias=0.4, blur=1.0, noise=0.05):
-    """What scanners differ in, for images (B, C, S, S) in [0, 1]: the same draw for all C channels of a
-    sample.
+    """Vary images (B, C, S, S) in [0, 1] as scanners differ: one draw for all C channels of a sample.
 
     gamma: log of the largest exponent of the contrast curve; contrast: largest relative change of gain, and
     of offset; bias: log-amplitude of a smooth shading by the coils; blur: about the standard deviation,

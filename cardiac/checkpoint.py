@@ -71,8 +71,6 @@ def load_network(network, path, device):
 
 
 def weights_digest(network):
-    """A digest of a network's weights alone: its checkpoint has the run's clock in it too. Their names are
-    part of it, since they differ where the network is wrapped, as in `networks.Turned`.
-    """
+    """A digest of a network's weights, without its checkpoint's clock; names tell a wrapper (`Turned`)."""
     state = network.state_dict().items()
     return digest(*(piece for name, value in state for piece in (name, value.cpu().numpy().tobytes())))

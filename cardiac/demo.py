@@ -67,8 +67,7 @@ def main(argv):
 
 @torch.no_grad()
 def score_against_truth(settings):
-    """Propagated labels and displacements of the training cases against the phantom's, a row a case and
-    frame.
+    """Propagated labels and displacements of the training cases against the phantom's, by case and frame.
 
     Dice of each region in 3-D on the case's own grid, over the slices that were propagated, and their mean
     over those of them that have a true label: at the base, tissue leaves a slice through the plane, which no

@@ -44,8 +44,8 @@ def regions_on_own_grid(network, frames, grid, device):
 
 
 def predict(network, store, frames):
-    """Labels (X, Y, Z, T) uint8 of the one case in `store`, 0 in frames other than `frames`, and {frame:
-    softmax (4, X, Y, Z)} of ED and ES.
+    """Labels (X, Y, Z, T) uint8, 0 but in `frames`, of the one case in `store`, and softmax (4, X, Y, Z) of
+    ED and ES, by frame.
     """
     (case,) = store.cases
     labels, softmax = np.zeros(case.shape, np.uint8, order="F"), {}  # as NIfTI has it

@@ -59,9 +59,7 @@ class RegistrationNetwork(nn.Module):
 
 
 class Turned(nn.Module):
-    """A registration network that sees each pair twice, as it is and turned by 180 degrees, and averages the
-    velocities: what it knows of hearts does not depend on how they lie.
-    """
+    """The mean velocity of a registration network for each pair as it is and turned by 180 degrees."""
 
     def __init__(self, network):
         super().__init__()
@@ -116,9 +114,7 @@ def begin_with_background(bias):
 
 
 class Mirrored(nn.Module):
-    """A segmentation network that sees each slice four times, mirrored along either axis, both or none, and
-    averages its probabilities.
-    """
+    """The mean probabilities of a segmentation network for a slice's four mirror images."""
 
     def __init__(self, network):
         super().__init__()
@@ -146,8 +142,7 @@ def _double_convolution(before, after):
 
 
 def mixed_precision(device):
-    """The context in which networks run: bfloat16 on cards that compute in it (from Ampere on), else float32.
-    """
+    """Where networks run: bfloat16 on cards that compute in it (Ampere and later), else float32."""
     enabled = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 

@@ -230,9 +230,7 @@ def _propagation(results, folder):
 
 
 def _view(spacing, images, sources, names, notes):
-    """What the page's viewer shows, cropped to the heart: images {frame: (X, Y, Z) in [0, 1]}, labels
-    {source: {frame: (X, Y, Z)}}, and of each frame its name and a note.
-    """
+    """Images {frame: (X, Y, Z)} in [0, 1], labels {source: {frame: (X, Y, Z)}}, cropped, for the viewer."""
     box = heart_box(np.stack([labels for own in sources.values() for labels in own.values()], -1), spacing)
     frames = []
     for frame, image in images.items():
@@ -255,8 +253,7 @@ def _strip(image):
 
 
 def _outline(mask):
-    """The outline of a mask (Y, X) as the path of an SVG, in half pixels, through the middles of pixel edges.
-    """
+    """The outline of a mask (Y, X) as an SVG path, in half pixels, through the middles of pixel edges."""
     path = ""
     for line in contour_generator(z=np.pad(mask, 1).astype(float)).lines(0.5):
         points = np.rint(2 * line - 1).astype(int)  # the centre of pixel 0, padded to 1, lies at 1

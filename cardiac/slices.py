@@ -119,9 +119,7 @@ def _rebase(cases):
 
 
 def _place(size, device):
-    """Where `size` bytes of slices go, leaving room for the network, and for as much again of propagated
-    labels and trust: "device", "host" or "file".
-    """
+    """Where `size` bytes of slices fit beside the network, and as much again of propagated labels, trust."""
     if device.type == "cuda" and 2 * size + NETWORK < torch.cuda.mem_get_info(device)[0]:
         return "device"
     with open("/proc/meminfo") as file:  # what is free, and what the system keeps of files and can give up

@@ -120,8 +120,9 @@ class Run:
         self.meter.add(losses)
 
     def end_epoch(self):
-        """Validate, log, adapt the learning rate and save. After a part of an epoch, where --max-steps ends a
-        run, the rate stays, and so does the best of whole epochs: a run that goes on knows nothing of it.
+        """Validate, log, adapt the learning rate and save.
+
+        Where --max-steps ends a run within an epoch, the rate and the best of whole epochs stay for later.
         """
         progress, settings = self.progress, self.settings
         whole = progress.step % settings.steps_per_epoch == 0
@@ -150,23 +151,20 @@ class Run:
             return self.task.validate()
 
     def save(self, name="last.pt"):
-        """Write a checkpoint, in the first process; InputError rather than weights that are not finite. Of
-        best.pt, which no training goes on from, nobody reads more than the network.
-        """
+        """Write a checkpoint, in the first process; InputError rather than weights that are not finite."""
         if parallel.RANK:
             return
         self.meter.read()
         if not all(weight.isfinite().all() for weight in self.network.parameters()):
             raise InputError(f"the weights are not finite after step {self.progress.step}; {HELP}")
-        parts = self.parts if name == "last.pt" else {"network": self.network}
+        parts = self.parts if name == "last.pt" else {"network": self.network}  # best.pt is not trained on
         state = {part: value.state_dict() for part, value in parts.items()}
         write_checkpoint(self.folder / name, {**state, "progress": dataclasses.asdict(self.progress)})
         self.meter.saved = time.perf_counter()
 
 
 class WeightAverage:
-    """Running average of a network's weights and batch statistics (Polyak & Juditsky, 1992); decay 0 keeps
-    none.
+    """Running average of weights and batch statistics (Polyak & Juditsky, 1992); none where decay is 0.
 
     It is the average that is validated and kept as best.pt: it generalises as after a learning rate cut.
     """

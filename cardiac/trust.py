@@ -1,5 +1,4 @@
-"""How far propagated labels may be trusted: fusion of ED's and ES's, a trust for every pixel, checks of every
-slice.
+"""How far propagated labels may be trusted: fusion of ED's and ES's, trust of every pixel, checks of slices.
 
 Both ends of an interval have an expert label. Carried to a frame between, the two are guesses that know
 little of each other: where they agree they are likely right, and where not, the nearer one more likely than

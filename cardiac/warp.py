@@ -20,8 +20,7 @@ import torch.nn.functional as F
 
 
 def warp(image, displacement, mode="bilinear"):
-    """Resample `image` (B, C, H, W) at x + displacement(x): the spatial transformer of Jaderberg et al.,
-    2015.
+    """Resample `image` (B, C, H, W) at x + displacement(x): a spatial transformer (Jaderberg et al., 2015).
 
     displacement: (B, 2, H, W) in pixels. mode: "bilinear" or "nearest". What lies outside takes the value at
     the border, since zeros would draw dark tissue into the image. Returns float32 (B, C, H, W).
@@ -101,9 +100,7 @@ def _sample(image, offset, mode="bilinear"):
 
 
 def _normalised(displacement):
-    """A displacement in pixels, (along H, along W), as `grid_sample` wants it: (along W, along H), in halves
-    of the grid.
-    """
+    """A displacement in pixels, (along H, W), as `grid_sample` wants it: (along W, H), in half grids."""
     return displacement.flip(1) * _pixels(*displacement.shape[-2:], displacement.device)[1]
 
 
@@ -112,15 +109,9 @@ def _in_pixels(offset):
     return (offset / _pixels(*offset.shape[-2:], offset.device)[1]).flip(1)
 
 
-# A step asks for the same numbers ten times. Made anew, they would be many launches each on a GPU, or a copy
-# that waits for it.
-
-
-@functools.cache
+@functools.cache  # a step asks for them ten times; on a GPU each would be many launches, or a copy that waits
 def _pixels(height, width, device):
-    """Normalised coordinates (1, 2, H, W) of a grid's pixels, along W and along H, and the step from one to
-    the next, (1, 2, 1, 1); float32.
-    """
+    """Normalised coordinates (1, 2, H, W), (along W, H), of a grid's pixels, and their step (1, 2, 1, 1)."""
     axes = [(2 * torch.arange(n, device=device, dtype=torch.float32) + 1) / n - 1 for n in (width, height)]
     step = torch.tensor([2 / width, 2 / height], dtype=torch.float32, device=device)
     return torch.stack(torch.meshgrid(*axes, indexing="xy"))[None], step.view(1, 2, 1, 1)
