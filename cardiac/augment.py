@@ -52,8 +52,7 @@ def vary_intensity(generator, images, gamma=0.5, contrast=0.3, bias=0.4, blur=1.
 
     gamma: log of the largest exponent of the contrast curve; contrast: largest relative change of gain, and
     of offset; bias: log-amplitude of a smooth shading by the coils; blur: about the standard deviation,
-    pixels, by three taps; noise: of a Rician magnitude, drawn anew for every pixel, last as in the scanner's
-    chain.
+    pixels, by three taps; noise: of a Rician magnitude, drawn for every pixel, last as in a scanner's chain.
     """
     batch, channels, height, width = images.shape
     device, whole = images.device, batch * processes()

@@ -84,8 +84,7 @@ class CachedCase(Case):
 
 
 class SliceFile:
-    """The file of a cache, held open: what is read stays the same when another run builds a cache of other
-    slices in its place.
+    """The file of a cache, held open: what is read stays the same when another run replaces the file.
 
     Another process (`parallel.from_first`) opens it for itself, and fails where it is no longer that file.
     """

@@ -78,8 +78,7 @@ def load_case(case):
     """Read the voxels of a case.
 
     Returns image (X, Y, Z, T), see `nifti.read_image`; labels {frame: uint8 (X, Y, Z)} of ED and ES, in M&Ms
-    order, or {}; warnings, a list of lines. Raises InputError, beginning with the code, for voxels that
-    cannot be used.
+    order, or {}; warnings, a list of lines. Raises InputError, beginning with the code, for bad voxels.
     """
     try:
         image, labels, warnings = read_image(case.image), load_labels(case), []

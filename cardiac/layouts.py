@@ -1,8 +1,7 @@
 """How datasets lie on disk, M&Ms and ACDC: their folders and tables, to cases.
 
 `read_cases` looks at paths, tables and NIfTI headers only, a millisecond a case, so that faults are found
-before anything long is started. The datasets differ in three ways, which only `_mms_case` and `_acdc_case`
-know:
+before anything long is started. The datasets differ in what `_mms_case` and `_acdc_case` alone know:
 
     M&Ms   CODE_sa.nii.gz, one 4-D label file   ED and ES in one table, zero-based     1 LV, 2 MYO, 3 RV
     ACDC   CODE_4d.nii.gz, a 3-D file a frame   ED and ES in Info.cfg, one-based       1 RV, 2 MYO, 3 LV

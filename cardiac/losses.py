@@ -69,12 +69,10 @@ def overlap_loss(warped, fixed, labelled):
 
 
 def difference_loss(warped, fixed, labelled):
-    """Mean squared difference of warped regions and those of the fixed slice, both (B, 3, H, W); labelled:
-    (B,) bool.
+    """Mean squared difference of warped regions and those of the fixed slice; arguments as `overlap_loss`.
 
     Over samples with two expert labels. Unlike `overlap_loss` it counts every pixel alike, and a region that
-    the fixed slice lacks, which the base has left, shrinks as far as a diffeomorphism can. For processes that
-    share a batch as there.
+    the fixed slice lacks, which the base has left, shrinks as far as a diffeomorphism can.
     """
     difference = (warped - fixed).square().mean((1, 2, 3))
     count = parallel.mean(labelled.sum()).clamp(min=1 / parallel.processes())
@@ -92,11 +90,9 @@ def cross_entropy(logits, labels, trust=None):
 
 
 def soft_dice_loss(logits, labels, trust=None):
-    """1 - soft Dice of LV, MYO and RV over the whole batch, logits (B, 4, H, W), labels (B, H, W); IGNORED
-    left out.
+    """1 - soft Dice (Milletari et al., 2016) of LV, MYO and RV; arguments as `cross_entropy`.
 
-    Milletari et al., 2016; over the batch, so that a slice without a region does not score 0 for it. trust:
-    (B, H, W), how much each pixel counts; None: 1.
+    Over the whole batch, so that a slice without a region does not score 0 for it.
     """
     weight = (labels != IGNORED)[:, None]
     weight = weight if trust is None else weight * trust[:, None]

@@ -2,8 +2,7 @@
 
 Everything here takes and gives numpy arrays and plain floats, without torch, so that it runs in worker
 processes. NaN stands for "not defined" and never for a bad result: whoever averages leaves it out and shows
-how many. Definitions follow Taha & Hanbury, "Metrics for evaluating 3D medical image segmentation" (BMC Med.
-Imaging, 2015).
+how many. Definitions follow Taha & Hanbury, BMC Med. Imaging, 2015.
 """
 
 import numpy as np
@@ -102,8 +101,7 @@ def paper_dice(probabilities, reference):
     """Soft Dice of softmax (C, X, Y, Z) and labels (X, Y, Z), averaged over the slices, by region.
 
     (2 sum py) / (sum p + sum y + 1e-6) for each of the Z slices: one without the region counts as about 0,
-    however right the prediction is. This is what we take the figures of the paper to be; it is not the Dice
-    of a case.
+    however right the prediction is. This is what we take the figures of the paper to be.
     """
     if probabilities.shape[1:] != reference.shape:
         raise ValueError(f"probabilities {probabilities.shape} do not fit labels {reference.shape}")
@@ -143,8 +141,7 @@ def bootstrap_interval(differences, confidence=0.95, resamples=10_000, seed=0):
     """Percentile bootstrap interval (low, high) of the mean of `differences` (N,), one number a patient.
 
     Patients are drawn with replacement, never slices or phases: those of one patient are not independent
-    (Efron & Tibshirani, 1993). (NaN, NaN) for fewer than two patients, from whom nothing about the spread
-    can be learnt.
+    (Efron & Tibshirani, 1993). (NaN, NaN) for fewer than two patients, who have no spread.
     """
     differences = np.asarray(differences, float)
     if len(differences) < 2:
@@ -159,8 +156,7 @@ def paired_comparison(first, second):
     """Compare two models on the same patients; `first` and `second` map a patient to a mean score.
 
     Returns mean_difference (second minus first), low and high (its 95 % bootstrap interval), p (two-sided
-    Wilcoxon signed-rank test; 1 if no patient differs) and n, the patients that have a number in both. NaN
-    where n is 0.
+    Wilcoxon signed-rank test; 1 if no patient differs) and n, the patients with a number in both; NaN if 0.
     """
     patients = sorted(first.keys() & second.keys())  # the bootstrap draws by position: a fixed order
     differences = np.array([second[patient] - first[patient] for patient in patients], float)

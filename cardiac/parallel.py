@@ -33,8 +33,7 @@ def joined():
     if not LAUNCHED or dist.is_initialized():
         yield
         return
-    # both by name: where there is a card, PyTorch would take NCCL alone, which has no use for what lies on
-    # the CPU
+    # both by name: where there is a card, PyTorch would take NCCL alone, which cannot send what is on the CPU
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     with contextlib.ExitStack() as stack:
         if RANK:

@@ -73,8 +73,7 @@ def resampling_matrix(source, target, step, shift=0.0, outside="zero"):
     """Linear interpolation along one axis as a sparse matrix (target, source), float32.
 
     Target sample i lies at c = (source - 1) / 2 + shift + (i - (target - 1) / 2) * step. The kernel is a
-    triangle as wide as the coarser of both grids, so that going to a coarser one does not alias. outside:
-    "zero" or "edge".
+    triangle as wide as the coarser of both grids, against aliasing. outside: "zero" or "edge".
     """
     width = max(1.0, step)
     centres = (source - 1) / 2 + shift + (np.arange(target) - (target - 1) / 2) * step
@@ -116,8 +115,7 @@ def to_slices(image, spacing, size, target, crop):
 def intensity_window(image):
     """The intensities that become 0 and 1: the 1st and 99th percentile of the case.
 
-    Single bright voxels (fat near the coil, flow) reach ten times the blood's intensity and must not set the
-    scale.
+    Single bright voxels (fat near the coil, flow), ten times as bright as blood, must not set the scale.
     """
     sample = image.ravel(order="K")
     step = max(1, sample.size // 1_000_000)

@@ -44,8 +44,7 @@ def frames_between(start, end, frames):
 def intervals(case, frames):
     """The successive frames to label: [(start, end, frames)] of systole and, for `frames` "all", diastole.
 
-    start, end: the phases "ED" and "ES" in the order met. A phase whose expert label is not known belongs to
-    systole.
+    start, end: the phases "ED" and "ES" in the order met. One without a known label belongs to systole.
     """
     systole = (case.ed, *frames_between(case.ed, case.es, case.frames), case.es)
     found = [("ED", "ES", [frame for frame in systole if frame not in case.expert])]

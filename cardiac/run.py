@@ -25,8 +25,7 @@ class Terminated(BaseException):
 
 
 WAYS_OUT = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
-# what CUDA and its libraries say, in errors that are no OutOfMemoryError, of a full card and of one that this
-# PyTorch cannot use
+# what CUDA says, in errors that are no OutOfMemoryError, of a full card and of one that torch cannot use
 FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 UNUSABLE = ("no kernel image is available", "busy or unavailable")
 
@@ -35,8 +34,7 @@ def script(main):
     """Turn `main(argv)` into a script's entry: what the user must mend is one line on stderr, exit code 2.
 
     Ctrl-C exits with 130 and SIGTERM with 143, as shells count; both unwind the stack, so that temporary
-    files go and the training loop saves. Under torchrun the first process speaks for all, but for what can
-    befall another alone.
+    files go and the training loop saves. Under torchrun the first process speaks for what befalls them all.
     """
 
     def run(argv):

@@ -17,8 +17,7 @@ def worker_pool(workers, jobs):
     """Give `run(function, argument_tuples)`, which yields the results in order, from several processes.
 
     workers: 0 for one a core. No more processes than jobs; with one, the work is done here. A worker ends
-    when its parent is killed, and at most two jobs a worker wait, so that memory stays flat however many
-    cases there are.
+    when its parent is killed, and at most two jobs a worker wait: memory does not grow with the cases.
     """
     count = min(workers or len(os.sched_getaffinity(0)), jobs)  # cores that this process may use
     if count <= 1:
