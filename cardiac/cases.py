@@ -3,7 +3,6 @@
 What is wrong with a case becomes one line: the case, the file, the fault and, where it helps, what to do.
 """
 
-import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,14 +36,9 @@ class Case:
     shape: tuple[int, int, int, int]  # X, Y, slices Z, frames T
     spacing: tuple[float, float, float]  # mm: X, Y, from slice to slice
 
-    @property
-    def files(self):
-        """All source files as they lie below `root`."""
-        return tuple(path.relative_to(self.root).as_posix() for path in (self.image, *self.labels))
-
     def identity(self):
         """What tells when the case has changed, as JSON: size and time of its files, what the table says."""
-        status = {name: os.stat(self.root / name) for name in self.files}
+        status = {path.relative_to(self.root).as_posix(): path.stat() for path in (self.image, *self.labels)}
         sources = {name: [each.st_size, each.st_mtime_ns] for name, each in status.items()}
         return {**sources, f"{self.split}/{self.code}": [self.vendor, self.centre, self.ed, self.es]}
 
