@@ -172,28 +172,25 @@ def is_whole(root):
     return (root / CSV_NAME).exists()
 
 
-def write_phantom(root, training=12, validation=4, testing=24, unlabelled=2, frames=12, slices=None, size=128,
-                  seed=0):
-    """Write a dataset in the layout of M&Ms to the folder `root`; what the numbers mean is in OPTIONS.
+def write_phantom(root, **options):
+    """Write a dataset in the layout of M&Ms to the folder `root`; `options` are numbers, see OPTIONS.
 
     Case k of a split depends on k, seed, frames, slices and size, and not on how many others there are. A
     phantom that is there is replaced. InputError: a number is too small, or `root` holds something else.
     """
-    counts = {"training": training, "validation": validation, "testing": testing, "unlabelled": unlabelled}
-    settings = {**counts, "frames": frames, "slices": slices, "size": size, "seed": seed}
-    for name, (_, least, _) in OPTIONS.items():
-        if settings[name] is not None and settings[name] < least:
-            raise InputError(f"--{name} {settings[name]}: has to be {least} or more")
+    settings = {name: default for name, (default, _, _) in OPTIONS.items()} | options
+    for name, value in settings.items():
+        if value is not None and value < OPTIONS[name][1]:
+            raise InputError(f"--{name} {value}: has to be {OPTIONS[name][1]} or more")
     root = _claim(root)
     write_json(root / MARKER, settings)
     rows = []
-    for order, (split, count) in enumerate(counts.items()):
-        folder, vendors = SPLITS[split]
+    for order, (split, (folder, vendors)) in enumerate(SPLITS.items()):
         labelled = split != "unlabelled"
-        for k in range(count):
-            rng = np.random.default_rng([seed, order, k])
+        for k in range(settings[split]):
+            rng = np.random.default_rng([settings["seed"], order, k])
             letter = vendors[k % len(vendors)]
-            case = make_case(rng, VENDORS[letter], frames, slices, size)
+            case = make_case(rng, VENDORS[letter], *(settings[name] for name in ("frames", "slices", "size")))
             code = _code(1_000_000 * order + k)
             _write_case(root / folder / code, root / "truth", case, labelled)
             sex, stature = ("F", rng.normal(164, 6)) if rng.random() < 0.5 else ("M", rng.normal(177, 7))

@@ -231,7 +231,8 @@ def test_an_interrupted_script_goes_on_with_the_same_words(trained_run, tmp_path
 @pytest.mark.parametrize("kind", ["phantom", "acdc"])
 def test_other_data_from_start_to_table(tmp_path, kind):
     if kind == "phantom":
-        phantom.write_phantom(tmp_path / "data", 2, 1, 2, 1, frames=6, slices=2, size=40, seed=1)
+        counts = {"training": 2, "validation": 1, "testing": 2, "unlabelled": 1}
+        phantom.write_phantom(tmp_path / "data", **counts, frames=6, slices=2, size=40, seed=1)
     else:
         write_acdc(tmp_path / "data", training=2, testing=1)
     assert scripts(tmp_path / "data", tmp_path / "run") == [0, 0, 0, 0]
