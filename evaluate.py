@@ -61,7 +61,7 @@ def main(argv):
         propagation = settings.out / "propagation" if own else None
         shown = {"dataset": cache.name, "cases": cases_digest(cache.cases), "skipped": list(cache.skipped),
                  "propagated": labels_made_from(propagation / "labels.h5") if own else None,
-                 "view": list(settings.view)}  # fmt: skip
+                 "view": list(settings.view)}
         summary = folder / "summary.json"
         done = read_json(summary) if summary.exists() else {}
         if done.get("made_from") != made_from:

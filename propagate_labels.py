@@ -81,7 +81,7 @@ def propagate(network, cache, cases, settings, device, parts=UNKEPT):
     if rows:
         mean = f", mean confidence {confidence.mean():.3f}" if kept else ""
         print(f"{len(kept)} slices propagated{mean}, {len(rows) - len(kept)} left out "
-              "(no label to carry, or kept = 0 in quality.csv)")  # fmt: skip
+              "(no label to carry, or kept = 0 in quality.csv)")
     else:
         print("no frame lies between ED and ES: nothing is propagated, and the files are empty")
     labels, trusts = (np.concatenate([result[name] for result in found]) for name in ("labels", "trust"))

@@ -123,7 +123,7 @@ def main(argv):
         with in_first(run_folder(settings, place, cache.cases, labels)) as folder:
             slices = LabelledSlices(store, extra, settings.expert_share)
             print(f"{name}: {slices.expert} expert slices + {len(slices) - slices.expert} propagated, "
-                  f"{settings.total_steps} steps of {settings.batch_size} on {describe(device)}")  # fmt: skip
+                  f"{settings.total_steps} steps of {settings.batch_size} on {describe(device)}")
             task = Segmentation(settings, slices, validation, logged=unseen)
             if fit(task, settings, folder, device, outcome="example.png"):
                 load_network(task.network, folder / "best.pt", device)

@@ -119,7 +119,7 @@ def _means(rows):
     regions = "  ".join(f"{region} {mean[region]:.3f}" for region in LABELS)
     total = np.mean([mean[region] for region in LABELS])
     return (f"{regions}  mean {total:.3f}, {mean['dice_where_labelled']:.3f} where the truth has a label; "
-            f"end-point error {mean['error_mm']:.2f} mm (identity {mean['identity_mm']:.2f})")  # fmt: skip
+            f"end-point error {mean['error_mm']:.2f} mm (identity {mean['identity_mm']:.2f})")
 
 
 if __name__ == "__main__":

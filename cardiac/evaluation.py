@@ -193,7 +193,7 @@ class Results:
     def caption(self):
         """What Table 1 is a table of, in words: cases, vendors that training saw, what failed."""
         text = ("Dice in 3-D on each case's own grid, mean over case, phase (ED, ES) and region; "
-                f"{counted(len(self.cases), 'case')} of {self.split} of {self.cache.name}.")  # fmt: skip
+                f"{counted(len(self.cases), 'case')} of {self.split} of {self.cache.name}.")
         if self.own and self.split != "Testing":
             scored = {case.code for case in self.cases}
             known = scored & {case.code for case in self.learnt_from}
@@ -228,7 +228,7 @@ class Results:
         if not low:  # not defined for a single patient
             return f"propagated - original: mean Dice {gain}, {found['n']} patient"
         return (f"propagated - original: mean Dice {gain} (95 % interval {low} to {high}, bootstrap over "
-                f"{found['n']} patients; Wilcoxon {p_text(found['p'])})")  # fmt: skip
+                f"{found['n']} patients; Wilcoxon {p_text(found['p'])})")
 
 
 def table_row(model, rows, score="dice"):

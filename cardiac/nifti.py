@@ -23,7 +23,7 @@ DEFLATE = 1100  # gzip cannot make anything more than 1032 times smaller
 PIECE = 2**18  # bytes of a packed file unpacked at a time: in the processor's cache, a quarter faster
 EXTENT_MM = (1, 2000)  # of a slice; outside, the spacing is damaged or in another unit
 UNREADABLE = (OSError, EOFError, ValueError, OverflowError, zlib.error, inflate.error,
-              nib.spatialimages.HeaderDataError)  # fmt: skip
+              nib.spatialimages.HeaderDataError)
 
 
 def read_header(path, dimensions=(4,)):

@@ -56,7 +56,7 @@ def draw_curves(folder):
     figure = Figure((9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     skipped = ("epoch", "step", "lr", "score", "seconds", "samples_per_second", "waiting_percent",
-               "memory_gb")  # fmt: skip
+               "memory_gb")
     for name in rows[0]:
         if name in skipped:
             continue
@@ -278,6 +278,6 @@ def print_quality(rows):
             names = [key for key in chosen[0] if key[:4] in ("dice", "hd95")]
             means = {key: np.nanmean([row[key] for row in chosen]) for key in names}
             print(f"  {name:4}  Dice {means['dice_before']:.3f} -> {means['dice_after']:.3f}   "
-                  f"HD95 {means['hd95_mm_before']:5.1f} -> {means['hd95_mm_after']:5.1f} mm")  # fmt: skip
+                  f"HD95 {means['hd95_mm_before']:5.1f} -> {means['hd95_mm_after']:5.1f} mm")
         folding = np.mean([row["folding_percent"] for row in part])
         print(f"  folding {folding:.4f} % of the pixels within 10 mm of the labels")

@@ -99,7 +99,7 @@ class RegistrationSettings(TrainingSettings):
     """`train_registration.py`."""
 
     STRONG: ClassVar = {**Settings.STRONG, "augment": True, "averaging": 0.998, "dice_weight": 0.5,
-                        "difference_weight": 20.0, "guided": True, "turned": True}  # fmt: skip
+                        "difference_weight": 20.0, "guided": True, "turned": True}
     similarity: str = setting("mse", "image term of the loss", choices=("mse", "ncc"))
     smoothness: float = setting(0.01, "weight of the velocity's diffusion (1.0 goes with ncc)")
     dice_weight: float = setting(0.05, "weight of the labels' overlap where both slices have expert labels")
@@ -128,7 +128,7 @@ class SegmentationSettings(TrainingSettings):
     """`train_segmentation.py`."""
 
     STRONG: ClassVar = {**Settings.STRONG, "augment": True, "averaging": 0.99, "dice_weight": 1.0,
-                        "expert_share": 0.5}  # fmt: skip
+                        "expert_share": 0.5}
     expert_share: float = setting(0.0, "share of slices drawn that are the expert's; 0: all as likely")
     dice_weight: float = setting(0.0, "weight of the soft Dice loss beside the cross-entropy")
     labels: str = setting("both", "labels to train on", choices=("original", "propagated", "both"))
@@ -160,7 +160,7 @@ class EvaluationSettings(Settings):
 
 # what later scripts take from earlier ones
 SHARED = ("size", "spacing", "crop", "seed", "recipe", "labelled_phases", "labelled_cases", "channels",
-          "skip_bad")  # fmt: skip
+          "skip_bad")
 # a matter of this call, never taken
 HERE = ("data", "out", "cache", "device", "workers", "overwrite", "labels", "profile")
 BUDGET = ("epochs", "max_steps", "nifti", "skip_bad")  # taken, but a typed one may differ: the run goes on

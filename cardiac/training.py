@@ -63,7 +63,7 @@ def fit(task, settings, folder, device, outcome="curves.png"):
                 leave_if_asked(run.save)
     row = progress.rows[-1]
     print(f"{row['samples_per_second']:.0f} samples/s in the last epoch, {row['waiting_percent']:.1f} % of "
-          f"its time waiting for data, peak memory {row['memory_gb']:.1f} GB", flush=True)  # fmt: skip
+          f"its time waiting for data, peak memory {row['memory_gb']:.1f} GB", flush=True)
     return first
 
 
