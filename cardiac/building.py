@@ -35,13 +35,12 @@ def places_of(cases):
     return places, rows
 
 
-def build(path, folder, dataset, wanted, settings):
-    """Preprocess the cases of a `Dataset` into a new cache at `path`; killed, go on with those not finished.
+def build(path, folder, cases, wanted, settings):
+    """Preprocess `cases` into a new cache at `path`; killed, go on with those that are not finished.
 
     wanted: size, spacing, crop and schema of the cache, and its sources. Raises InputError for the first case
     that cannot be used, without --skip-bad.
     """
-    cases = dataset.good(settings.skip_bad)
     (places, rows), grid = places_of(cases), [wanted[name] for name in PREPROCESSING]
     made_from = digest(json.dumps([SCHEMA, grid, places, rows]))
     file, sources = folder / f"{path.name}.building", json.dumps(wanted["sources"])
@@ -73,7 +72,7 @@ def build(path, folder, dataset, wanted, settings):
                 tqdm.write(f"warning: {warning}")
             found.append({"code": case.code, **places[case.code], **result["place"]})
     if not found:
-        raise InputError(f"{dataset.root}: no case could be read")
+        raise InputError(f"{settings.data}: no case could be read")
     kept = [problem[:LONGEST_PROBLEM] for problem in problems]
     texts = {"cases": json.dumps(found), "sources": sources, "skipped": json.dumps(kept)}
     # to the end of their place, where an attempt that was killed may have left a longer one

@@ -180,7 +180,7 @@ def open_cache(settings):
         reason = _misfit(path, wanted, cases, settings.skip_bad)
         if reason:
             print(f"cache: building {path}: {reason}", flush=True)
-            build(path, folder, dataset, wanted, settings)
+            build(path, folder, cases, wanted, settings)
         shutil.rmtree(folder, ignore_errors=True)
         file = SliceFile(path)
         with h5py.File(path) as content:
@@ -264,7 +264,7 @@ def _report(cache):
     labelled = [case for case in cases if case.labelled]
     side = cache.size * cache.spacing
     print(f"cache: {cache.path}: {len(cases)} cases, {len(labelled)} labelled, {slices} slices "
-          f"of {cache.size}x{cache.size} at {cache.spacing:g} mm ({side:.0f} mm)")  # fmt: skip
+          f"of {cache.size}x{cache.size} at {cache.spacing:g} mm ({side:.0f} mm)")
     if labelled:
         worst = max(labelled, key=lambda case: case.cropped)
         mean = sum(case.cropped for case in labelled) / len(labelled)
