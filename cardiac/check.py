@@ -52,10 +52,9 @@ def summary(dataset, cases, volumes):
     if not cases:
         return
     yield "cases".ljust(24) + "".join(f"{vendor} {maker}".rjust(11) for vendor, maker in VENDORS.items())
-    groups = collections.Counter(
-        (case.split if case.labels else f"{case.split} (unlabelled)", case.vendor) for case in cases
-    )
-    for name in dict.fromkeys(split for split, _ in groups):
+    names = [case.split if case.labels else f"{case.split} (unlabelled)" for case in cases]
+    groups = collections.Counter(zip(names, (case.vendor for case in cases)))
+    for name in dict.fromkeys(names):
         yield f"  {name}".ljust(24) + "".join(str(groups[name, vendor]).rjust(11) for vendor in VENDORS)
     x, y, z, frames = zip(*(case.shape for case in cases))
     in_plane = [mm for case in cases for mm in case.spacing[:2]]

@@ -268,16 +268,11 @@ def clinical(rows):
     cases, found = {}, []
     for row in rows:
         cases.setdefault((row["model"], row["case"], row["vendor"]), []).append(row)
-    for (model, case, vendor), own in cases.items():
-        measured, reference = (
-            heart_function({(row["phase"], row["region"]): row[name] for row in own})
-            for name in ("volume_ml", "reference_volume_ml")
-        )
-        start = {"model": model, "case": case, "vendor": vendor}
-        found += [
-            {**start, "quantity": name, "measured": value, "reference": reference[name]}
-            for name, value in measured.items()
-        ]
+    for key, own in cases.items():
+        names = ("volume_ml", "reference_volume_ml")
+        volumes = ({(row["phase"], row["region"]): row[name] for row in own} for name in names)
+        measured, reference = map(heart_function, volumes)
+        found += [dict(zip(CLINICAL, (*key, name, measured[name], reference[name]))) for name in measured]
     return found
 
 
@@ -302,11 +297,9 @@ def aligned(lines, markdown=False):
     if markdown:
         lines = [lines[0], ["---", *["---:"] * (len(lines[0]) - 1)], *lines[1:]]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join(
-        "  ".join(cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(line, widths)))
-        for line in lines
-    )
+    first, *widths = (max(map(len, column)) for column in zip(*lines))
+    rest = ("  ".join(map(str.rjust, line[1:], widths)) for line in lines)
+    return "\n".join(f"{line[0].ljust(first)}  {cells}" for line, cells in zip(lines, rest))
 
 
 def counted(count, noun):

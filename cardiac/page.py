@@ -222,10 +222,8 @@ def _propagation(results, folder):
     if propagated.trust is None:
         what = "the Dice of the label with itself after the way there and back"
     slices, patients = len(propagated.where), len({code for code, _, _ in propagated.where})
-    text = (
-        f"{slices} slices of {patients} patients were labelled by carrying expert labels along. Confidence, "
-        f"{np.mean(propagated.confidence):.3f} on average, is {what}. The median patient is shown."
-    )
+    text = f"{slices} slices of {patients} patients were labelled by carrying expert labels. Confidence, "
+    text += f"{np.mean(propagated.confidence):.3f} on average, is {what}. The median patient is shown."
     return f"<p>{escape(text)}</p>{_viewer('propagation', [view])}"
 
 

@@ -137,10 +137,8 @@ def predict_scan(folder, file, network, settings, device):
     for frame, regions in enumerate(regions_on_own_grid(network, slices, grid, device)):
         prediction = most_likely(regions)
         labels[..., frame] = largest_component(prediction) if settings.largest_component else prediction
-    volumes = [
-        {region: volume_ml(labels[..., frame] == label, spacing) for region, label in LABELS.items()}
-        for frame in range(len(slices))
-    ]
+    each = np.moveaxis(labels, -1, 0)
+    volumes = [{region: volume_ml(one == k, spacing) for region, k in LABELS.items()} for one in each]
     cavity = np.array([volume["LV"] for volume in volumes])
     ed, es = int(cavity.argmax()), int(np.where(cavity > 0, cavity, np.inf).argmin())  # 0: LV was not found
     phases = {"ED": ed, "ES": es}
@@ -158,10 +156,7 @@ def predict_scan(folder, file, network, settings, device):
     found |= {"frames": len(slices), "frames_without_LV": int((cavity == 0).sum())}
 
     times = _times(header, len(slices))
-    rows = [
-        {"frame": frame, "time_ms": time, **{f"{region}_ml": ml for region, ml in volume.items()}}
-        for frame, (time, volume) in enumerate(zip(times, volumes))
-    ]
+    rows = [dict(zip(VOLUMES, (t, times[t], *volume.values()))) for t, volume in enumerate(volumes)]
     (folder / "summary.json").unlink(missing_ok=True)
     write_labels(folder / f"{folder.name}_pred.nii.gz", labels if dimensions == 4 else labels[..., 0], file)
     write_csv(folder / "volumes.csv", VOLUMES, rows)
