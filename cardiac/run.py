@@ -94,7 +94,7 @@ def _last_words(error):
     if isinstance(error, (MemoryError, BrokenExecutor)) or "can't allocate memory" in text:
         return "out of memory: lower --size, --batch-size or --workers", 2
     if isinstance(error, OSError):
-        reason = error.strerror or str(error)
+        reason = error.strerror or str(error) or type(error).__name__
         return f"{error.filename or 'a file'}: {reason.splitlines()[0]}", 2
     return None
 

@@ -291,6 +291,7 @@ def raising(error):
         (InputError("case A: bad"), 2, "case A: bad"),
         (FileNotFoundError(2, "No such file or directory", "a.nii"), 2, "a.nii: No such file or directory"),
         (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (OSError(), 2, "a file: OSError"),
         (MemoryError(), 2, "out of memory"),
         (torch.cuda.OutOfMemoryError(), 2, "--batch-size"),
         (RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"), 2, "--batch-size"),
