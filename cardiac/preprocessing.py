@@ -91,7 +91,7 @@ def resampling_matrix(source, target, step, shift=0.0, outside="zero"):
 
 def one_hot(labels):
     """Labels (..., X, Y) to the regions LV, MYO, RV: (3, ..., X, Y) float32."""
-    return np.stack([labels == region for region in range(1, CLASSES)]).astype(np.float32)
+    return np.array([labels == region for region in range(1, CLASSES)], np.float32)
 
 
 def most_likely(regions):
