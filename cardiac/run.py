@@ -13,7 +13,7 @@ from concurrent.futures import BrokenExecutor
 import torch
 
 from cardiac import parallel
-from cardiac.files import InputError, digest, locked, read_json, write_json
+from cardiac.files import InputError, digest, locked, read_json, shown, write_json
 from cardiac.parts import PARTS
 
 # by --overwrite: first what tells how far a run is, last its settings
@@ -63,7 +63,7 @@ def script(main):
             if "--overwrite" in (sys.argv if argv is None else argv):
                 message += ", without --overwrite"
         if parallel.RANK == 0 or befell_one:
-            print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+            print(f"{os.path.basename(sys.argv[0])}: {shown(message)}", file=sys.stderr)
         return code
 
     @functools.wraps(main)

@@ -289,6 +289,7 @@ def raising(error):
     ("error", "code", "text"),
     [
         (InputError("case A: bad"), 2, "case A: bad"),
+        (InputError("two\nlines: bad"), 2, "two\\nlines: bad"),
         (FileNotFoundError(2, "No such file or directory", "a.nii"), 2, "a.nii: No such file or directory"),
         (OSError(28, "No space left on device"), 2, "No space left on device"),
         (OSError(), 2, "a file: OSError"),
