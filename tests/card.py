@@ -142,8 +142,7 @@ def _to_card(tree):
 
 
 def _forget():
-    for kept in (warp._pixels, warp._growth):
-        kept.cache_clear()
+    warp._pixels.cache_clear()
 
 
 @contextlib.contextmanager
