@@ -88,9 +88,6 @@ def load_case(case):
     return image, labels, warnings
 
 
-# -------------------------------------------------------------------------------------------------- labels
-
-
 def load_labels(case):
     """Expert labels {frame: uint8 (X, Y, Z)}; InputError unless ED and ES, and no other frame, have any."""
     if not case.labels:

@@ -161,15 +161,11 @@ def paired_comparison(first, second):
     patients = sorted(first.keys() & second.keys())  # the bootstrap draws by position: a fixed order
     differences = np.array([second[patient] - first[patient] for patient in patients], float)
     differences = differences[~np.isnan(differences)]
-    n = len(differences)
+    mean, p, n = np.nan, np.nan, len(differences)
     low, high = bootstrap_interval(differences)
-    if not n:
-        p = np.nan
-    elif not differences.any():
-        p = 1.0  # scipy has no answer without ranks
-    else:
-        p = float(stats.wilcoxon(differences).pvalue)
-    mean = float(differences.mean()) if n else np.nan
+    if n:
+        mean = float(differences.mean())
+        p = float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0  # scipy wants ranks
     return {"mean_difference": mean, "low": low, "high": high, "p": p, "n": n}
 
 
@@ -186,14 +182,8 @@ def agreement(measured, reference):
     known = ~np.isnan(measured) & ~np.isnan(reference)
     measured, reference = measured[known], reference[known]
     difference, n = measured - reference, len(measured)
-    bias = float(difference.mean()) if n else np.nan
+    bias, mae = (float(each.mean()) if n else np.nan for each in (difference, np.abs(difference)))
     spread = 1.96 * float(difference.std(ddof=1)) if n > 1 else np.nan
     varies = n > 1 and np.ptp(measured) > 0 and np.ptp(reference) > 0
-    return {
-        "bias": bias,
-        "loa_low": bias - spread,
-        "loa_high": bias + spread,
-        "r": float(np.corrcoef(measured, reference)[0, 1]) if varies else np.nan,
-        "mae": float(np.abs(difference).mean()) if n else np.nan,
-        "n": n,
-    }
+    r = float(np.corrcoef(measured, reference)[0, 1]) if varies else np.nan
+    return {"bias": bias, "loa_low": bias - spread, "loa_high": bias + spread, "r": r, "mae": mae, "n": n}

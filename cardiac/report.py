@@ -55,11 +55,8 @@ def draw_curves(folder):
     steps = [int(row["step"]) for row in rows]
     figure = Figure((9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    skipped = ("epoch", "step", "lr", "score", "seconds", "samples_per_second", "waiting_percent",
-               "memory_gb")
-    for name in rows[0]:
-        if name in skipped:
-            continue
+    others = {"epoch", "step", "lr", "score", "seconds", "samples_per_second", "waiting_percent", "memory_gb"}
+    for name in (name for name in rows[0] if name not in others):
         values = [float(row[name] or "nan") for row in rows]
         axes = right if "dice" in name else left
         axes.plot(steps, values, ".-", label=name.replace("_", " "), linewidth=1, markersize=3)
