@@ -16,10 +16,8 @@ from cardiac.files import InputError, read_json, write_csv, write_json, write_te
 from cardiac.parts import PARTS, Parts
 from cardiac.propagation import made_from as labels_made_from
 from cardiac.run import cases_digest, choose_device, dataset_identity, describe, run_folder, script
-from cardiac.settings import EvaluationSettings, parse
+from cardiac.settings import EvaluationSettings, SegmentationSettings, parse
 
-# of runs that are older than these settings
-KNOWN = {"labelled_phases": "both", "labelled_cases": None, "held_out": None}
 SCORED_BY = ("all_frames", "largest_component", "mirrored")  # settings that scores depend on
 
 
@@ -48,7 +46,7 @@ def main(argv):
     trained = {}
     for model, (_, progress) in models.items():
         config = read_json(settings.out / "segmentation" / model / "config.json")
-        config["settings"] = KNOWN | config["settings"]
+        config["settings"] = vars(SegmentationSettings()) | config["settings"]  # of a run that knew fewer
         trained[model] = {"steps": progress.step, "best": progress.best, **config}
     own = dataset_identity(cache.cases) in [run["dataset"] for run in trained.values()]
     if own:  # scored on all labels, but shown as training knew them

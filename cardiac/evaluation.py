@@ -85,7 +85,7 @@ def score_model(model, network, cache, cases, settings, device, folder, parts=UN
 def _write_and_score(case, prediction, softmax, path, largest):
     write_labels(path, prediction, case.image)
     references, scores = load_labels(case), []
-    for phase, frame in (("ED", case.ed), ("ES", case.es)):
+    for phase, frame in case.phases.items():
         labels, reference = prediction[..., frame], references[frame]
         whole = metrics.score_case(labels, reference, case.spacing)
         kept = largest and metrics.score_case(metrics.largest_component(labels), reference, case.spacing)

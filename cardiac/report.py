@@ -76,8 +76,7 @@ def draw_registration(path, network, store, count=4):
     grid = figure.subplots(len(cases), 7, squeeze=False)
     for axes, case in zip(grid, cases):
         z = case.slices // 2
-        phases = case.ed, case.es
-        moving, fixed = (store.images(torch.from_numpy(case.rows(frame)[z : z + 1])) for frame in phases)
+        moving, fixed = (store.frame(case, frame)[z : z + 1] for frame in (case.ed, case.es))
         known = store.known(case, case.ed)[z : z + 1]
         displacement = register(network, moving, fixed, known)
         labels, target = known[0].cpu().numpy(), store.known(case, case.es)[z].cpu().numpy()
@@ -107,8 +106,8 @@ def draw_segmentation(path, network, store, count=4):
     figure = Figure((2.4 * 4, 2.6 * len(cases)), layout="constrained")
     for axes, case in zip(figure.subplots(len(cases), 4, squeeze=False), cases):
         z = case.slices // 2
-        for k, (phase, frame) in enumerate((("ED", case.ed), ("ES", case.es))):
-            image = store.images(torch.from_numpy(case.rows(frame)[z : z + 1]))
+        for k, (phase, frame) in enumerate(case.phases.items()):
+            image = store.frame(case, frame)[z : z + 1]
             labels = store.known(case, frame)[z].cpu().numpy()  # no contours where IGNORED
             prediction = segment(network, image).argmax(1)[0].cpu().numpy()
             image = image[0, 0].cpu().numpy()
@@ -194,9 +193,8 @@ def draw_overlays(folder, results):
             box = heart_box(labels, case.spacing)
             look = {"vmax": np.percentile(image, 99), "aspect": case.spacing[1] / case.spacing[0]}
             shown = [round(part * (case.slices - 1)) for part in (0.2, 0.5, 0.8)]
-            places = [(phase, z) for phase in ("ED", "ES") for z in shown]
-            for axes, (phase, z) in zip(line, places):
-                frame = case.ed if phase == "ED" else case.es
+            places = [(*phase, z) for phase in case.phases.items() for z in shown]
+            for axes, (phase, frame, z) in zip(line, places):
                 plane, expert = image[..., z, frame][box], experts[frame][..., z][box]
                 show_slice(axes, plane, expert, f"{phase}, slice {z}", **look)
                 draw_contours(axes, prediction[..., z, frame][box], linestyles="dashed", linewidths=1.6)

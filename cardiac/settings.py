@@ -182,7 +182,6 @@ def parse(kind, argv, description, own=(), earlier=()):
     known = dict.fromkeys(typed, "")  # name: the folder that gave its value
     labels = getattr(settings, "labels", "both")  # of the two U-Nets this call may train one
     written = [folder for folder in own if labels in ("both", Path(folder).name)]
-    plain = {item.name: item.default for item in dataclasses.fields(kind)}
     others = [folder for folder in own if folder not in written]
     for folder in (*written, *earlier, *others):
         if folder in written and settings.overwrite:
@@ -191,7 +190,7 @@ def parse(kind, argv, description, own=(), earlier=()):
         if folder in earlier:
             stored = {name: value for name, value in stored.items() if name in SHARED}
         elif stored and not kind.REMADE:  # a setting that there was not then is off, whatever the recipe
-            stored = {**plain, **stored}
+            stored = {**vars(kind()), **stored}
         if folder in others:  # what is typed may differ there
             same = SHARED if stored.get("held_out") is None else (*SHARED, "held_out")
             stored = {name: value for name, value in stored.items() if name in same or name not in known}
