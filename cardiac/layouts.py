@@ -9,7 +9,6 @@ before anything long is started. The datasets differ in what `_mms_case` and `_a
 
 import collections
 import csv
-import math
 import os
 import re
 from functools import partial
@@ -119,16 +118,13 @@ def _phases(ed, es, frames, first):
     """Zero-based (ED, ES) from two cells of a table that counts frames from `first`."""
     phases = []
     for phase, text in (("ED", ed), ("ES", es)):
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (value.is_integer() and first <= value < first + frames):
+        frame = int(float(text)) - first if re.fullmatch(r"\d{1,9}(\.0*)?", text, re.ASCII) else -1
+        if not 0 <= frame < frames:
             what = ascii(text)[:80] if text else "empty"
             raise InputError(f"{phase} is {what}, not a frame from {first} to {first + frames - 1}")
-        phases.append(int(value) - first)
+        phases.append(frame)
     if phases[0] == phases[1]:
-        raise InputError(f"ED and ES are the same frame, {int(value)}")
+        raise InputError(f"ED and ES are the same frame, {phases[0] + first}")
     return phases
 
 
