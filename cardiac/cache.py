@@ -45,11 +45,6 @@ class CachedCase(Case):
         return tuple(frame for frame in known if frame not in self.withheld)
 
     @property
-    def phases(self):
-        """{"ED": frame, "ES": frame}."""
-        return {"ED": self.ed, "ES": self.es}
-
-    @property
     def labelled(self):
         """Whether any frame has an expert label that is known."""
         return bool(self.expert)

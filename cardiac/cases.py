@@ -36,6 +36,11 @@ class Case:
     shape: tuple[int, int, int, int]  # X, Y, slices Z, frames T
     spacing: tuple[float, float, float]  # mm: X, Y, from slice to slice
 
+    @property
+    def phases(self):
+        """{"ED": frame, "ES": frame}."""
+        return {"ED": self.ed, "ES": self.es}
+
     def identity(self):
         """What tells when the case has changed, as JSON: size and time of its files, what the table says."""
         status = {path.relative_to(self.root).as_posix(): path.stat() for path in (self.image, *self.labels)}
@@ -99,7 +104,7 @@ def load_labels(case):
         labels = dict(zip((case.ed, case.es), volumes))
     present = [t for t, label in labels.items() if label.any()]
     if set(present) != {case.ed, case.es}:
-        empty = [phase for phase, t in (("ED", case.ed), ("ES", case.es)) if t not in present]
+        empty = [phase for phase, t in case.phases.items() if t not in present]
         what = f"ground truth is empty at {joined(empty, ' and ')}" if empty else "label in the wrong frame"
         where = f"frame {joined(present)}" if present else "no frame"
         what += f": labels in {where}, but ED is {case.ed} and ES {case.es} (from 0); mend either"

@@ -33,7 +33,7 @@ def main(argv=None):
             continue
         warnings += remarks
         good.append(case)
-        phases = {"ED": case.ed, "ES": case.es}.items() if labels else ()
+        phases = case.phases.items() if labels else ()
         named = {(phase, region): labels[t] == k for phase, t in phases for region, k in LABELS.items()}
         volumes.append({key: volume_ml(mask, case.spacing) for key, mask in named.items()})
     for line in summary(dataset, good, volumes):
