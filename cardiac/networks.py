@@ -59,7 +59,7 @@ class RegistrationNetwork(nn.Module):
 
 
 class Turned(nn.Module):
-    """The mean velocity of a registration network for each pair as it is and turned by 180 degrees."""
+    """Test-time augmentation: the mean velocity of a pair as it is and turned by 180 degrees."""
 
     def __init__(self, network):
         super().__init__()
@@ -114,7 +114,7 @@ def begin_with_background(bias):
 
 
 class Mirrored(nn.Module):
-    """The mean probabilities of a segmentation network for a slice's four mirror images."""
+    """Test-time augmentation: the mean probabilities of four mirror images of a slice."""
 
     def __init__(self, network):
         super().__init__()

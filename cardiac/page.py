@@ -220,7 +220,7 @@ def _propagation(results, folder):
     view["phases"] = {name: order.index(frame) for name, frame in case.phases.items() if frame in images}
     what = "the Dice with the truth that the trust of its pixels lets expect"
     if propagated.trust is None:
-        what = "the Dice of the label with itself after the way there and back"
+        what = "the Dice of the label with itself after the round trip"
     slices, patients = len(propagated.where), len({code for code, _, _ in propagated.where})
     text = f"{slices} slices of {patients} patients were labelled by carrying expert labels. Confidence, "
     text += f"{np.mean(propagated.confidence):.3f} on average, is {what}. The median patient is shown."

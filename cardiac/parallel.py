@@ -25,7 +25,7 @@ PATIENCE = datetime.timedelta(hours=12)  # the first process may build a cache w
 
 
 @contextlib.contextmanager
-def joined():
+def process_group():
     """Join the processes of torchrun, where it started this one; all but the first are mute in the block.
 
     They are not parted afterwards: `leave` ends the process.

@@ -152,7 +152,7 @@ class Carried:
     regions: torch.Tensor  # (F, Z, 3, S, S) soft shares of LV, MYO, RV
     residual: torch.Tensor  # (F, Z, S, S) what is left of the images' difference, over 5 x 5 pixels
     unrefined: torch.Tensor  # (F, Z, S, S) the same by the network alone, without `refine`
-    confidence: torch.Tensor  # (F, Z) Dice of the label with itself after the way there and back
+    confidence: torch.Tensor  # (F, Z) Dice of the label with itself after the round trip
     folding: torch.Tensor  # (F, Z) percent of det J <= 0 near the heart
     pixels: torch.Tensor  # (Z, 3) of each region in the source
 

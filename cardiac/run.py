@@ -45,7 +45,7 @@ def script(main):
             raise WAYS_OUT[number]
 
         try:
-            with _handlers(leave), parallel.joined():
+            with _handlers(leave), parallel.process_group():
                 main(argv)
             return 0
         except BaseException as error:

@@ -2,7 +2,7 @@
 
 Both ends of an interval have an expert label. Carried to a frame between, the two are guesses that know
 little of each other: where they agree they are likely right, and where not, the nearer one more likely than
-the other. An image that does not fit after warping, and a way there and back that misses, tell the rest: two
+the other. An image that does not fit after warping, and a round trip that misses, tell the rest: two
 fields that do nothing would agree as well, but there the image does not fit.
 """
 
@@ -39,7 +39,7 @@ def fuse(carried, nearness):
     than not, they become background; a slice that shows nothing else has no label left (`faults`).
 
     A pixel's trust is the share of its label among the guesses, times how well they fit: the image difference
-    that is left, and the Dice of the slice's label with itself after the way there and back.
+    that is left, and the Dice of the slice's label with itself after the round trip.
     """
     sources = {phase: each.present.expand(len(each.regions), -1) for phase, each in carried.items()}
     if len(carried) == 2:

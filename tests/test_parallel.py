@@ -73,7 +73,7 @@ def test_what_lies_on_the_cpu_travels_with_gloo_wherever_there_is_a_card(card, b
     monkeypatch.setattr(parallel, "LAUNCHED", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: card)
     monkeypatch.setattr(parallel.dist, "init_process_group", lambda name, timeout: started.append(name))
-    with parallel.joined():
+    with parallel.process_group():
         assert started == [backends]
 
 
