@@ -3,6 +3,7 @@
 What is wrong with a case becomes one line: the case, the file, the fault and, where it helps, what to do.
 """
 
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +42,14 @@ class Case:
         """{"ED": frame, "ES": frame}."""
         return {"ED": self.ed, "ES": self.es}
 
+    @property
+    def files(self):
+        """All source files as they lie below `root`."""
+        return tuple(path.relative_to(self.root).as_posix() for path in (self.image, *self.labels))
+
     def identity(self):
         """What tells when the case has changed, as JSON: size and time of its files, what the table says."""
-        status = {path.relative_to(self.root).as_posix(): path.stat() for path in (self.image, *self.labels)}
+        status = {name: os.stat(self.root / name) for name in self.files}
         sources = {name: [each.st_size, each.st_mtime_ns] for name, each in status.items()}
         return {**sources, f"{self.split}/{self.code}": [self.vendor, self.centre, self.ed, self.es]}
 

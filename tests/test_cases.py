@@ -266,8 +266,7 @@ def test_mms_is_read_right(tmp_path):
     assert case.shape == (40, 36, 3, 5)
     assert case.spacing == pytest.approx(SPACING)
     folder = "Training/Labeled/B0B0B0/B0B0B0"
-    files = [path.relative_to(case.root).as_posix() for path in (case.image, *case.labels)]
-    assert files == [f"{folder}_sa.nii.gz", f"{folder}_sa_gt.nii.gz"]
+    assert case.files == (f"{folder}_sa.nii.gz", f"{folder}_sa_gt.nii.gz")
     image, labels, warnings = load_case(case)
     drawn, truth = heart(case.shape, 4, 1, seed=1)
     assert image.dtype == np.int16, "as stored: half the memory of float32"
@@ -328,7 +327,7 @@ def test_acdc_is_read_right(tmp_path):
     for frame, label in labels.items():
         np.testing.assert_array_equal(label, truth[..., frame])
     assert warnings == []
-    assert dataset.cases[0].labels[0] == dataset.root / "training/patient001/patient001_frame02_gt.nii.gz"
+    assert dataset.cases[0].files[1] == "training/patient001/patient001_frame02_gt.nii.gz"
 
 
 @pytest.mark.parametrize(
