@@ -32,13 +32,15 @@ class Settings:
     data: Path = setting(None, "dataset in the layout of M&Ms or ACDC", required=True)
     out: Path = setting(Path("runs"), "folder of this run")
     cache: Path = setting(None, "folder of slice caches (default: folder `cache` beside OUT)")
-    device: str = setting("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
+    device: str = setting("auto", "where to compute; auto: cuda where there is one",
+                          choices=("auto", "cpu", "cuda"))
     size: int = setting(192, "side of the square slices, pixels (a multiple of 16)")
     spacing: float = setting(1.25, "in-plane spacing of the slices, mm")
     crop: str = setting("centre", "slices are cut about the centre of the image, or about what moves",
                         choices=("centre", "motion"))
     seed: int = setting(0, "random seed; what step n draws depends on (seed, n) alone")
-    recipe: str = setting("paper", "strong: the defaults marked so here", choices=("paper", "strong"))
+    recipe: str = setting("paper", "paper: as published; strong: with the defaults marked so here",
+                          choices=("paper", "strong"))
     workers: int = setting(0, "processes that read, unpack and score scans (0: one a core)")
     skip_bad: bool = setting(False, "leave out cases that cannot be read, instead of stopping")
     overwrite: bool = setting(False, "start anew: remove what this script wrote in OUT before")
@@ -46,15 +48,16 @@ class Settings:
     def check(self):
         """Raise InputError for a value that cannot work, before any work is done."""
         counts = ("batch_size", "epochs", "max_steps", "steps_per_epoch", "channels", "labelled_cases")
-        limits = dict.fromkeys(counts, (1, 10**15))
+        limits = dict.fromkeys(counts, (1, 1e15))
         weights = ("smoothness", "dice_weight", "difference_weight")
-        limits |= dict.fromkeys(("workers", "patience", "refine", *weights), (0, 10**15))
+        limits |= dict.fromkeys(("workers", "patience", "refine", *weights), (0, 1e15))
         limits |= dict.fromkeys(("averaging", "labelled_share", "expert_share"), (0, 1))
         limits |= {"size": (16, 4096), "spacing": (0.05, 100), "seed": (0, 2**63 - 1), "lr": (1e-9, 1000)}
         for name, (least, largest) in limits.items():
             value = getattr(self, name, None)
             if value != getattr(type(self), name, None) and not least <= value <= largest:
-                raise InputError(f"--{name.replace('_', '-')} {value}: must lie from {least} to {largest}")
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(f"{flag} {value}: must lie from {least:g} to {largest:g}")
         if self.size % 16:
             down = self.size // 16 * 16
             what = f"the networks halve it four times; take {down} or {down + 16}"
@@ -105,7 +108,7 @@ class RegistrationSettings(TrainingSettings):
     dice_weight: float = setting(0.05, "weight of the labels' overlap where both slices have expert labels")
     difference_weight: float = setting(0.0, "weight of the labels' squared difference, in the same slices")
     guided: bool = setting(False, "the labels of the moving slice, where known, are an input of the network")
-    turned: bool = setting(False, "carry labels by the mean velocity of a pair as it is and half turned")
+    turned: bool = setting(False, "carry labels by the mean velocity of a pair and of it turned by 180 deg")
     labelled_share: float = setting(0.5, "share of pairs that are ED and ES, where both have expert labels")
 
 

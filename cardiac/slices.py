@@ -119,7 +119,7 @@ def _rebase(cases):
 
 
 def _place(size, device):
-    """Where `size` bytes of slices fit beside the network, and as much again of propagated labels, trust."""
+    """Where `size` bytes of slices and as much of labels and trust fit: "device", "host" or "file"."""
     if device.type == "cuda" and 2 * size + NETWORK < torch.cuda.mem_get_info(device)[0]:
         return "device"
     with open("/proc/meminfo") as file:  # what is free, and what the system keeps of files and can give up

@@ -1,10 +1,14 @@
 """The one training loop that both networks share.
 
-A task brings its `network`; `draw(step)`, this process's share of what that step (from 0) is trained on, by
-(seed, step) alone; `losses(batch)`, a dict of scalar tensors, of which "loss" is minimised and the others are
-logged; and `validate()`, a dict of numbers, of which "val_loss" drives the schedule and the largest "score"
-picks best.pt. The loop brings Adam, the plateau schedule, mixed precision, checkpoints, resume, the log and
-the way out when it is interrupted.
+A task brings
+
+    network         what is trained
+    draw(step)      this process's share of what step `step` (from 0) is trained on; by (seed, step) alone
+    losses(batch)   a dict of scalar tensors: "loss" is minimised, the others are logged
+    validate()      a dict of numbers: "val_loss" drives the schedule, the largest "score" picks best.pt
+
+The loop brings Adam, the plateau schedule, mixed precision, checkpoints, resume, the log and the way out when
+it is interrupted.
 """
 
 import contextlib
