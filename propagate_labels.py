@@ -26,6 +26,8 @@ def main(argv):
     settings = parse(PropagationSettings, argv, __doc__, own=("propagation",), earlier=("registration",))
     device = choose_device(settings.device)
     network, trained = propagation.load_registration(settings.out, device)
+    if not (settings.out / "registration" / "quality.csv").exists():
+        print(f"the registration is not finished (step {trained.step}); its best weights so far are used")
     cache = open_cache(settings)
     cases = [case for case in cache.split("Training") if case.labelled]
     if not cases:

@@ -14,7 +14,7 @@ from cardiac.checkpoint import load_network, weights_digest
 from cardiac.files import InputError, read_json
 from cardiac.parallel import from_first, in_first
 from cardiac.propagation import Propagated, load_registration, made_from
-from cardiac.run import choose_device, describe, run_folder, script
+from cardiac.run import check_run, choose_device, describe, run_folder, script
 from cardiac.settings import SegmentationSettings, parse
 from cardiac.slices import LabelledSlices, SliceStore
 from cardiac.training import fit
@@ -117,10 +117,12 @@ def main(argv):
     training = [case for case in training if case.labelled]
     store = SliceStore(cache, training, device, "training")
     validation = SliceStore(cache, validation + unseen, device, "validation")
+    digests = {"original": None, "propagated": propagated and propagated.digest()}
+    for name, place in folders.items():  # before the first of them is trained
+        check_run(settings, place, cache.cases, digests[name])
     for name, place in folders.items():
         extra = propagated if name == "propagated" else None
-        labels = extra.digest() if extra else None
-        with in_first(run_folder(settings, place, cache.cases, labels)) as folder:
+        with in_first(run_folder(settings, place, cache.cases, digests[name])) as folder:
             slices = LabelledSlices(store, extra, settings.expert_share)
             print(f"{name}: {slices.expert} expert slices + {len(slices) - slices.expert} propagated, "
                   f"{settings.total_steps} steps of {settings.batch_size} on {describe(device)}")

@@ -200,6 +200,8 @@ class Results:
             text += f" THE NETWORKS WERE TRAINED ON {len(known)} OF THESE CASES." if known else ""
             if scored & self.validated:
                 text += " Cases that validation used helped to choose the checkpoints."
+        if len({run["steps"] for run in self.trained.values()}) > 1:
+            text += " THE NETWORKS WERE NOT TRAINED FOR EQUALLY MANY STEPS."
         if self.own:
             vendors = ", ".join(sorted(self.seen))
             text += f" Trained on {self.labels}, of vendor {vendors}; * marks the others."

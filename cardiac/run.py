@@ -162,8 +162,7 @@ def describe(device):
 def run_folder(settings, name, cases, labels=None):
     """The folder OUT/name, held by this process alone for the block, with the settings in its config.json.
 
-    cases: of the dataset; labels: what the propagated labels in use were made from. A folder that holds a run
-    on others is refused. With --overwrite the folder is emptied first.
+    cases, labels: as `check_run`. With --overwrite the folder is emptied first.
     """
     folder = settings.out / name
     busy = f"{folder}: another process is writing there; wait for it or choose another --out"
@@ -176,16 +175,27 @@ def run_folder(settings, name, cases, labels=None):
                     path.unlink()
                 elif not (path / "config.json").exists():  # that is another run's: evaluation/NAME
                     shutil.rmtree(path)
-        config = folder / "config.json"
-        made_of = {"dataset": dataset_identity(cases), "labels": labels}
-        stored = read_json(config) if config.exists() else made_of
-        for what, identity in made_of.items():
-            if stored.get(what, identity) != identity:
-                other = {"dataset": "another dataset", "labels": "other propagated labels"}[what]
-                raise InputError(f"{folder}: holds a run on {other}; choose another --out or use --overwrite")
-        write_json(config, {"settings": dataclasses.asdict(settings), **made_of})
+        made_of = check_run(settings, name, cases, labels)
+        write_json(folder / "config.json", {"settings": dataclasses.asdict(settings), **made_of})
         yield folder
         shutil.rmtree(folder / PARTS, ignore_errors=True)  # all that it is kept for is finished
+
+
+def check_run(settings, name, cases, labels=None):
+    """What tells the run in the folder OUT/name from others: a digest of its dataset, and that of the
+    propagated labels it learns from.
+
+    Raises InputError where there is a run on others, unless --overwrite is to remove it.
+    """
+    config = settings.out / name / "config.json"
+    made_of = {"dataset": dataset_identity(cases), "labels": labels}
+    stored = read_json(config) if config.exists() and not settings.overwrite else made_of
+    anew = {"dataset": "another dataset; use --overwrite",
+            "labels": "other propagated labels; use --labels propagated --overwrite"}
+    for what, identity in made_of.items():
+        if stored.get(what, identity) != identity:
+            raise InputError(f"{config.parent}: holds a run on {anew[what]} or choose another --out")
+    return made_of
 
 
 def dataset_identity(cases):

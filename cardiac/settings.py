@@ -271,7 +271,7 @@ def _merge(settings, known, stored, folder, written):
         elif value != stored[name] and name not in (BUDGET if not known[name] else (*BUDGET, "seed")):
             what = "leave it away, start anew with --overwrite," if written else "leave it away"
             what = "make one of them anew with --overwrite," if known[name] else what
-            raise InputError(
-                f"{flag} {value}{known[name]} contradicts {flag} {stored[name]} of {folder}; "
-                f"{what} or choose another --out"
-            )
+            pair = value, stored[name]
+            here, there = (f"no {flag}" if each is None else f"{flag} {each}" for each in pair)
+            what = f"{here}{known[name]} contradicts {there} of {folder}; {what}"
+            raise InputError(f"{what} or choose another --out")

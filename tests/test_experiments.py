@@ -65,6 +65,21 @@ def test_patients_without_a_score_of_one_model_are_not_taken_for_others():
     assert interval(one - other, resamples=100) == (0, 0, 0), "B alone has both"
 
 
+def test_every_patient_is_tested_once_over_the_folds(tiny_data, tmp_path):
+    from scarce_labels import write_fold
+
+    labelled = {case.code: case for case in read_cases(tiny_data).good() if case.labels}
+    tested = []
+    for fold in range(3):
+        cases = read_cases(write_fold(tiny_data, tmp_path / str(fold), fold, 3)).good()
+        assert {case.code for case in cases} == labelled.keys()
+        for case in cases:
+            assert (case.phases, case.vendor) == (labelled[case.code].phases, labelled[case.code].vendor)
+            assert case.image.resolve() == labelled[case.code].image.resolve()
+        tested += [case.code for case in cases if case.split == "Testing"]
+    assert sorted(tested) == sorted(labelled)
+
+
 def test_the_folder_of_acdc_holds_what_the_download_has(tmp_path, monkeypatch):
     import acdc_folder
 

@@ -428,6 +428,13 @@ def test_nifti_on_the_own_grid_with_the_experts_frames_and_not_written_twice(run
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
+def test_an_unfinished_registration_is_told(run, capsys):
+    words, out = run
+    (out / "registration" / "quality.csv").unlink()
+    assert propagate_labels.main(words) == 0
+    assert "the registration is not finished (step" in capsys.readouterr().out
+
+
 def test_frames_all_through_the_script(run):
     words, out = run
     assert propagate_labels.main([*words, "--frames", "all"]) == 2, "contradicts the run that is there"
@@ -452,8 +459,11 @@ def test_labels_of_an_older_registration_are_made_anew(run, capsys):
     assert train_segmentation.main(words) == 0, "made anew, but the same: nothing had been learnt"
     propagated.labels[0, :4] = 1
     propagated.write(path, propagation.made_from(path))
-    assert train_segmentation.main(words) == 2, "what is there was trained on the older labels"
-    assert "other propagated labels" in capsys.readouterr().err
+    before = (out / "segmentation" / "original" / "last.pt").read_bytes()
+    more = [*words, "--max-steps", "6"]
+    assert train_segmentation.main(more) == 2, "what is there was trained on the older labels"
+    assert "other propagated labels; use --labels propagated --overwrite or" in capsys.readouterr().err
+    assert (out / "segmentation" / "original" / "last.pt").read_bytes() == before, "nor is the other trained"
     words += ["--overwrite", "--labels", "propagated"]
     assert train_segmentation.main([*words, *SHORT, "--channels=1"]) == 2, "original has 2 channels"
     assert train_segmentation.main([*words, *SHORT]) == 0

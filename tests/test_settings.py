@@ -131,6 +131,12 @@ def test_a_contradiction_names_both_values_and_the_run(tmp_path, word, value, th
     assert "leave it away, start anew with --overwrite, or choose another --out" in str(caught.value)
 
 
+def test_a_contradiction_of_what_was_not_given_is_plain(tmp_path):
+    stored_run(tmp_path, "registration", RegistrationSettings)
+    with pytest.raises(InputError, match="--labelled-cases 2 contradicts no --labelled-cases of "):
+        later(RegistrationSettings, tmp_path, "--labelled-cases", "2", own=["registration"])
+
+
 def test_runs_that_contradict_each_other_are_named_unless_the_later_one_is_made_anew(tmp_path):
     stored_run(tmp_path, "registration", RegistrationSettings, size=48)
     for folder in ("segmentation/original", "propagation"):
