@@ -125,7 +125,7 @@ def draw(results):
         axes.plot(share, place, "o" if met else "s", color="tab:green" if met else "tab:red", ms=6)
     axes.axvline(1, color="k", lw=1)
     axes.set(xscale="log", xlabel="measured, as a share of the target's limit: left of the line it is met",
-             yticks=range(len(bars)), yticklabels=[bar[0] for bar in bars])  # fmt: skip
+             yticks=range(len(bars)), yticklabels=[bar[0] for bar in bars])
     axes.tick_params(axis="y", labelsize=7)
     axes.set_ylim(len(bars) - 0.5, -0.5)
     axes.grid(axis="x", which="both", alpha=0.3)

@@ -57,7 +57,7 @@ def propagating(folder, rounds):
         "whole": whole,
         "registering": calls_of(whole, "velocities", "displacements", "register"),
         "refining": calls_of(whole, "refine"),
-    }, rounds)  # fmt: skip
+    }, rounds)
     limit = {"at_most": 60.0} if DEVICE.type == "cuda" else {}
     return [
         milliseconds("propagating a case", times["whole"]),
@@ -86,7 +86,7 @@ def evaluating(folder, rounds):
         "worker": lambda: evaluation._write_and_score(
             case, prediction, dict.fromkeys(labels, soft), folder / "prediction.nii.gz", False),
         "read": lambda: load_labels(case),
-    }, rounds)  # fmt: skip
+    }, rounds)
     return [
         milliseconds("evaluating a case, ED and ES: the U-Net", times["network"]),
         milliseconds("... back to the case's own grid", times["grid"]),

@@ -236,7 +236,7 @@ def exact_ncc(warped, fixed, window=9):
     count = inside.sum(1, keepdim=True)
     first, second = (each - inside * (each.sum(1, keepdim=True) / count) for each in windows[:2])
     covariance, one, two = ((a * b).sum(1, keepdim=True) / count for a, b in
-                            ((first, second), (first, first), (second, second)))  # fmt: skip
+                            ((first, second), (first, first), (second, second)))
     return 1 - (covariance * covariance / (one * two + 1e-5)).mean()
 
 

@@ -35,7 +35,7 @@ def line(folder, cases, frames, size, rounds):
 def sections(rounds):
     """(title, what it says, header and lines) of the table."""
     header = ["cases", "frames", "size", "slices", "build, s", "open, ms", "load, ms", "draw, ms", "step, ms",
-              "register, ms", "samples/s"]  # fmt: skip
+              "register, ms", "samples/s"]
     with tempfile.TemporaryDirectory() as folder:
         lines = [line(Path(folder), **{**SMALL, **changed}, rounds=rounds) for changed in LARGER]
     text = (

@@ -102,7 +102,7 @@ def their_loader(store, batch):
         transforms.RandBiasFieldd("image", prob=1, coeff_range=(0, 0.2)),
         transforms.RandGaussianSmoothd("image", prob=1, sigma_x=(0.1, 1), sigma_y=(0.1, 1)),
         transforms.RandRicianNoised("image", prob=1, std=0.05, sample_std=True),
-    ]  # fmt: skip
+    ]
     items = [{"image": image, "label": label} for image, label in zip(images, labels)]
     dataset = CacheDataset(items, transforms.Compose(random), progress=False)
     return DataLoader(dataset, batch_size=batch, shuffle=True, num_workers=0)
@@ -132,7 +132,7 @@ def data_path(folder, rounds):
         *(Row(f"samples a second, drawn and transformed: {name}", list(rate)) for name, rate in
           zip(("ours", "MONAI CacheDataset + DataLoader"), rates)),
         Row("... ours / MONAI's", list(times["theirs"] / times["ours"]), at_least=5.0),
-    ]  # fmt: skip
+    ]
 
 
 def sections(rounds):

@@ -129,7 +129,7 @@ def main():
         return train_and_score(model, place, common[recipe], seed, words, caches[recipe], recipe)
 
     jobs = [{"seed": seed, "recipe": recipe, "model": model}
-            for seed in range(words.seeds) for recipe in RECIPES for model in MODELS]  # fmt: skip
+            for seed in range(words.seeds) for recipe in RECIPES for model in MODELS]
     print_results(results(words.out / "cases.csv", COLUMNS, jobs, run, words), truth)
 
 

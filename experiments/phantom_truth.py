@@ -26,7 +26,7 @@ from cardiac.propagation import Propagated
 from cardiac.settings import PropagationSettings, parse
 
 COLUMNS = ("seed", "recipe", "case", "frame", "slice", "kept", "confidence", "place", "area_mm2", "dice",
-           *(f"{kind}_{region}" for region in REGIONS for kind in ("both", "either")))  # fmt: skip
+           *(f"{kind}_{region}" for region in REGIONS for kind in ("both", "either")))
 
 # in a table: recipe, words of the propagation
 RECIPES = {
@@ -120,7 +120,7 @@ def print_results(rows):
 def print_table(rows):
     """A table, a row a recipe."""
     table = [["recipe", "slices", "kept", *REGIONS, "mean", "error of 80 % most trusted", "of the rest",
-              "Spearman: trust", "place", "area"]]  # fmt: skip
+              "Spearman: trust", "place", "area"]]
     for recipe in dict.fromkeys(row["recipe"] for row in rows):
         lines = []
         for seed in dict.fromkeys(row["seed"] for row in rows):

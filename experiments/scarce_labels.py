@@ -102,7 +102,7 @@ def main():
         return run(data, place / patients / f"seed{seed}", patients, seed, words)
 
     jobs = [{"seed": seed, "fold": fold, "patients": patients} for seed in range(words.seeds)
-            for fold in range(words.folds) for patients in words.patients]  # fmt: skip
+            for fold in range(words.folds) for patients in words.patients]
     print_results(results(words.out / "cases.csv", COLUMNS, jobs, train, words))
 
 

@@ -118,7 +118,7 @@ class Entrant:
         progress = {"step": self.step, "seconds": self.seconds, "rows": self.rows}
         write_checkpoint(self.path, {**state, **progress})
         print(f"{self.name}, lr {self.lr:g}: step {self.step}, {self.seconds / 60:.1f} CPU minutes, "
-              f"Validation {self.rows[-2]['mean']:.4f}", flush=True)  # fmt: skip
+              f"Validation {self.rows[-2]['mean']:.4f}", flush=True)
 
     def validation(self, step):
         """Validation Dice at a step that was scored."""

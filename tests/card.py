@@ -22,7 +22,7 @@ WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 MADE_THERE = {
     torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.ones, torch.rand, torch.randint,
     torch.randn, torch.randperm, torch.zeros,
-}  # fmt: skip
+}
 COPIED_THERE = {torch.tensor, torch.as_tensor}
 PLACE = (str, torch.device)
 STAGED = 2**16  # bytes that the driver copies without waiting, wherever they lie
@@ -54,7 +54,7 @@ class Card(torch.Tensor):
             waits = by_mask and not (len(arguments) > 2 and arguments[2].dim() == 0)
         if operation is torch.ops.aten.copy_.default:
             CARDS.copied(from_card=isinstance(arguments[1], Card), to_card=isinstance(arguments[0], Card),
-                         blocking=not (arguments[2:] or [False])[0])  # fmt: skip
+                         blocking=not (arguments[2:] or [False])[0])
         elif on_both_sides:
             raise RuntimeError(f"{operation}: expected all tensors to be on the same device")
         if waits:

@@ -427,4 +427,4 @@ def test_differences_are_seen():
     """What the tests of interruption rely on."""
     assert differences({"a": 1, "b": 2}, {"b": 3, "c": 4}) == [
         "only in the first: a", "only in the second: c", "different: b",
-    ]  # fmt: skip
+    ]

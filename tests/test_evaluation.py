@@ -70,7 +70,7 @@ def test_comparison_is_propagated_minus_original_by_patient():
     rows = [row(model, case, phase, vendor=vendor, dice=dice + gain)
             for model, gain in (("original", 0.0), ("propagated", 0.1))
             for case, vendor, dice in (("A1", "A", 0.5), ("B1", "B", 0.7), ("B2", "B", 0.3))
-            for phase in ("ED", "ES")]  # fmt: skip
+            for phase in ("ED", "ES")]
     found = {each["group"]: each for each in evaluation.comparison(rows)}
     assert set(found) == {"all", "A", "B", "LV"}
     assert found["all"]["mean_difference"] == pytest.approx(0.1)
@@ -179,7 +179,7 @@ def run(evaluated, tmp_path):
 def outcome(folder):
     """Bytes of what an evaluation wrote, but the settings (which tell the workers)."""
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != "config.json"}  # fmt: skip
+            if path.is_file() and path.name != "config.json"}
 
 
 def test_evaluation_writes_what_the_design_says(evaluated):
@@ -287,7 +287,7 @@ def test_no_point_of_a_bland_altman_plot_is_out_of_view(monkeypatch):
     measured = {model: (reference + error * (np.arange(8) % 2), reference) for model, error in wrong.items()}
     quantities = ("LV_EDV_ml", "LV_ESV_ml", "LV_EF_percent")
     agreement = [{"model": model, "quantity": name, **metrics.agreement(*pair)}
-                 for model, pair in measured.items() for name in quantities]  # fmt: skip
+                 for model, pair in measured.items() for name in quantities]
     results = SimpleNamespace(
         models=list(wrong), agreement=agreement, measured=lambda model, quantity: measured[model]
     )

@@ -59,7 +59,7 @@ def test_patients_without_a_score_of_one_model_are_not_taken_for_others():
 
     scores = {"one": {"A": 0.9, "B": 0.6}, "other": {"B": 0.6, "C": 0.2}, "none": {"D": 0.1}}
     rows = [{"seed": "0", "model": model, "case": case, "dice": str(dice)}
-            for model, own in scores.items() for case, dice in own.items()]  # fmt: skip
+            for model, own in scores.items() for case, dice in own.items()]
     one, other = (by_seed(rows, lambda row, m=model: row["model"] == m) for model in ("one", "other"))
     np.testing.assert_array_equal(one, [[0.9, 0.6, np.nan, np.nan]])
     assert interval(one - other, resamples=100) == (0, 0, 0), "B alone has both"
@@ -92,7 +92,7 @@ def test_the_folder_of_acdc_holds_what_the_download_has(tmp_path, monkeypatch):
     before, after = read_cases(data).good(), read_cases(tmp_path / "ACDC").good()
     assert [(case.code, case.split, case.ed, case.es) for case in after] == [
         ("ACDC001", "Training", 0, 1), ("ACDC002", "Testing", 0, 1)
-    ]  # fmt: skip
+    ]
     for one, other in zip(before, after):
         assert other.spacing == pytest.approx(one.spacing)
         (image, labels, _), (found, maps, _) = load_case(one), load_case(other)

@@ -47,7 +47,7 @@ def test_registration_has_the_feature_widths_of_voxelmorph_and_stops_at_half_res
         (32, 32), (64, 32), (64, 32), (64, 32),  # decoder, skips concatenated
         (32, 32), (32, 16), (16, 16),  # last
         (16, 2),  # velocity
-    ]  # fmt: skip
+    ]
     assert {c.kernel_size for c in convolutions(network)} == {(3, 3)}
     assert {m.negative_slope for m in network.modules() if isinstance(m, nn.LeakyReLU)} == {0.2}
     assert sum(p.numel() for p in network.parameters()) == 104_562
@@ -58,7 +58,7 @@ def test_segmentation_has_the_channels_of_the_paper():
     assert [level[0].out_channels for level in network.down] == [32, 64, 128, 256, 512]
     assert [(up.in_channels, up.out_channels) for up in network.up] == [
         (512, 256), (256, 128), (128, 64), (64, 32)
-    ]  # fmt: skip
+    ]
     assert {c.kernel_size for c in convolutions(network.down)} == {(3, 3)}
     assert (network.classify.in_channels, network.classify.out_channels) == (32, 4)
     assert network.classify.kernel_size == (1, 1)

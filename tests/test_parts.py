@@ -56,7 +56,7 @@ def test_nan_and_the_last_digit_of_a_score_are_kept(tmp_path):
 HOSTILE = [
     b"", b"{}", b"[1, 2]\n", b"[{}, {\"a\": [\"|O\", [1]]}]\n12345678", b"\xff\xfe\n", b"[{}, {\"a\": 3}]\n",
     b"[{}, {\"a\": [\"<f8\", [1000000000000]]}]\n12345678", b"[{}, {\"a\": [\"<f8\", [-1, 1]]}]\n1234",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("data", HOSTILE)

@@ -78,7 +78,7 @@ def test_a_disc_keeps_its_place_and_area_there_and_back(grid, x0, y0):
     pixels = np.prod(grid.spacing), grid.target**2
 
     for one, other in (((disc, own, pixels[0]), (shares, crop, pixels[1])),
-                       ((labels, crop, pixels[1]), (back, own, pixels[0]))):  # fmt: skip
+                       ((labels, crop, pixels[1]), (back, own, pixels[0]))):
         (area, *place), (other_area, *other_place) = moments(*one), moments(*other)
         assert other_area == pytest.approx(area, rel=0.05)
         assert other_place == pytest.approx(place, abs=0.25)

@@ -249,7 +249,7 @@ def test_a_damaged_config_is_one_clear_line(tmp_path, content):
         "--epochs 0", "--max-steps 0", "--batch-size 0", "--steps-per-epoch 0", "--seed -1", "--workers -1",
         "--patience -1", "--averaging 2", "--labelled-share -0.1", "--smoothness nan",
     ],
-)  # fmt: skip
+)
 def test_a_value_that_cannot_work_is_refused_before_any_work(tmp_path, capsys, words):
     code = train_registration.main(["--data", "D", "--out", str(tmp_path / "run"), *words.split()])
     assert code == 2
