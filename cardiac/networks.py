@@ -10,7 +10,7 @@ from torch import nn
 
 from cardiac import CLASSES
 from cardiac.losses import diffusion, one_hot
-from cardiac.warp import integrate, resize_displacement, unfold, warp
+from cardiac.warp import integrate, remove_folds, resize_displacement, warp
 
 BACKGROUND_LOGIT = 3.0  # with which a segmentation begins: background has 87 % of the probability
 
@@ -194,7 +194,7 @@ def refine(velocity, moving, fixed, steps, smoothness=0.03, lr=0.1):
 @torch.no_grad()
 def displacements(velocity, size):
     """The displacements (B, 2, H, W), pixels, of velocities (B, 2, h, w), size = (H, W)."""
-    return torch.cat([unfold(part, size) for part in velocity.split(_inference_batch(velocity))])
+    return torch.cat([remove_folds(part, size) for part in velocity.split(_inference_batch(velocity))])
 
 
 def register(network, moving, fixed, labels, steps=0):

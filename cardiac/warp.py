@@ -62,7 +62,7 @@ def resize_displacement(displacement, size):
         return F.interpolate(grown, size=size, mode="bilinear", align_corners=False)
 
 
-def unfold(velocity, size, passes=20):
+def remove_folds(velocity, size, passes=20):
     """The displacement (B, 2, H, W) of a velocity (B, 2, h, w), size = (H, W), that does not fold.
 
     exp(v) does not, but sampled on pixels it does, where v shrinks what is not to be found in the fixed

@@ -11,7 +11,7 @@ from scipy.linalg import expm
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 from cardiac.networks import RegistrationNetwork, register
-from cardiac.warp import compose, integrate, jacobian_determinant, resize_displacement, unfold, warp
+from cardiac.warp import compose, integrate, jacobian_determinant, remove_folds, resize_displacement, warp
 
 ODD = (37, 26)
 
@@ -211,12 +211,12 @@ def test_unfold_mends_slices_that_fold_and_leaves_the_others_alone():
     plain = resize_displacement(integrate(velocity), (48, 40))
     folded = (jacobian_determinant(plain) <= 0).flatten(1).any(1)
     assert folded.tolist() == [False, True, False, True]
-    found = unfold(velocity, (48, 40))
+    found = remove_folds(velocity, (48, 40))
     assert (jacobian_determinant(found) > 0).all()
     assert torch.equal(found[~folded], plain[~folded])
     # as little as it takes: most of the motion stays
     assert found[1].norm() > 0.5 * plain[1].norm()
-    assert torch.equal(unfold(velocity, (48, 40), passes=0), plain)
+    assert torch.equal(remove_folds(velocity, (48, 40), passes=0), plain)
 
 
 def test_a_registration_does_not_fold():
