@@ -27,7 +27,7 @@ def main(argv):
     device = choose_device(settings.device)
     network, trained = propagation.load_registration(settings.out, device)
     if not (settings.out / "registration" / "quality.csv").exists():
-        print(f"the registration is not finished (step {trained.step}); its best weights so far are used")
+        print(f"the registration is not finished; its best weights so far, of step {trained.step}, are used")
     cache = open_cache(settings)
     cases = [case for case in cache.split("Training") if case.labelled]
     if not cases:

@@ -65,7 +65,7 @@ class Registration:
         return torch.nn.functional.mse_loss(warped, fixed)
 
     def validate(self):
-        """Dice of ED's label warped to ES; loss of the images and, where both labels are known, overlap."""
+        """Dice of ED's label warped to ES; the loss, of images and, where both are known, labels' overlap."""
         store, images, scores = self.validation, [], []
         for case in store.cases:
             ed, es = (store.frame(case, frame) for frame in (case.ed, case.es))

@@ -115,11 +115,11 @@ def main(argv):
     # for config.json
     settings.held_out = sorted(case.code for case in validation if case.split == "Training")
     training = [case for case in training if case.labelled]
-    store = SliceStore(cache, training, device, "training")
-    validation = SliceStore(cache, validation + unseen, device, "validation")
     digests = {"original": None, "propagated": propagated and propagated.digest()}
     for name, place in folders.items():  # before the first of them is trained
-        check_run(settings, place, cache.cases, digests[name])
+        from_first(check_run, settings, place, cache.cases, digests[name])
+    store = SliceStore(cache, training, device, "training")
+    validation = SliceStore(cache, validation + unseen, device, "validation")
     for name, place in folders.items():
         extra = propagated if name == "propagated" else None
         with in_first(run_folder(settings, place, cache.cases, digests[name])) as folder:

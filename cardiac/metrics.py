@@ -156,7 +156,8 @@ def paired_comparison(first, second):
     """Compare two models on the same patients; `first` and `second` map a patient to a mean score.
 
     Returns mean_difference (second minus first), low and high (its 95 % bootstrap interval), p (two-sided
-    Wilcoxon signed-rank test; 1 if no patient differs) and n, the patients with a number in both; NaN if 0.
+    Wilcoxon signed-rank test; 1 if no patient differs) and n, the patients with a number in both;
+    the others are NaN where n is 0.
     """
     patients = sorted(first.keys() & second.keys())  # the bootstrap draws by position: a fixed order
     differences = np.array([second[patient] - first[patient] for patient in patients], float)

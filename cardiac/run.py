@@ -182,9 +182,9 @@ def run_folder(settings, name, cases, labels=None):
 
 
 def check_run(settings, name, cases, labels=None):
-    """What tells the run in the folder OUT/name from others: a digest of its dataset, and that of the
-    propagated labels it learns from.
+    """What tells the run in the folder OUT/name from others, for its config.json: {"dataset", "labels"}.
 
+    cases: of the dataset; labels: `Propagated.digest` of the labels that it learns from, None without.
     Raises InputError where there is a run on others, unless --overwrite is to remove it.
     """
     config = settings.out / name / "config.json"

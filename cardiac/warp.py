@@ -56,8 +56,7 @@ def resize_displacement(displacement, size):
 
     Its values are pixels, so they grow with the grid by H / h and W / w (`align_corners=False`).
     """
-    own, other = (_pixels(*each, displacement.device)[1] for each in (displacement.shape[-2:], size))
-    grown = displacement.float() * (own / other).flip(1)
+    grown = displacement.float() * _growth(*displacement.shape[-2:], *size, displacement.device)
     with torch.autocast(displacement.device.type, enabled=False):
         return F.interpolate(grown, size=size, mode="bilinear", align_corners=False)
 
@@ -116,3 +115,9 @@ def _pixels(height, width, device):
     axes = [(2 * torch.arange(n, device=device, dtype=torch.float32) + 1) / n - 1 for n in (width, height)]
     step = torch.tensor([2 / width, 2 / height], dtype=torch.float32, device=device)
     return torch.stack(torch.meshgrid(*axes, indexing="xy"))[None], step.view(1, 2, 1, 1)
+
+
+@functools.cache
+def _growth(h, w, height, width, device):
+    """How many pixels of a grid (H, W) one of a grid (h, w) is, along both axes: (1, 2, 1, 1) float32."""
+    return torch.tensor([height / h, width / w], dtype=torch.float32, device=device).view(1, 2, 1, 1)

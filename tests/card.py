@@ -142,7 +142,8 @@ def _to_card(tree):
 
 
 def _forget():
-    warp._pixels.cache_clear()
+    for kept in (warp._pixels, warp._growth):
+        kept.cache_clear()
 
 
 @contextlib.contextmanager

@@ -432,7 +432,7 @@ def test_an_unfinished_registration_is_told(run, capsys):
     words, out = run
     (out / "registration" / "quality.csv").unlink()
     assert propagate_labels.main(words) == 0
-    assert "the registration is not finished (step" in capsys.readouterr().out
+    assert "not finished; its best weights so far, of step" in capsys.readouterr().out
 
 
 def test_frames_all_through_the_script(run):

@@ -206,7 +206,7 @@ def velocities(size, strengths):
     return torch.from_numpy(field).float()
 
 
-def test_unfold_mends_slices_that_fold_and_leaves_the_others_alone():
+def test_remove_folds_mends_slices_that_fold_and_leaves_the_others_alone():
     velocity = velocities((24, 20), (2, 40, 0, 60))
     plain = resize_displacement(integrate(velocity), (48, 40))
     folded = (jacobian_determinant(plain) <= 0).flatten(1).any(1)
