@@ -120,7 +120,7 @@ class PropagationSettings(Settings):
     REMADE: ClassVar = True
     trust: bool = setting(False, "fuse ED's and ES's labels, weigh every pixel, check every slice (trust.py)")
     refine: int = setting(0, "steps of Adam that fit each velocity to its own two images")
-    frames: str = setting("systole", "those between ED and ES, or diastole too", choices=("systole", "all"))
+    frames: str = setting("systole", "systole: ED to ES; all: diastole too", choices=("systole", "all"))
     labelled_phases: str = LABELLED_PHASES
     labelled_cases: int = LABELLED_CASES
     nifti: bool = setting(False, "write the labels as NIfTI on each case's own grid too")
