@@ -29,7 +29,7 @@ class Registration:
         self.settings, self.validation = settings, validation
         self.pairs = Pairs(training, settings.labelled_share)
         torch.manual_seed(settings.seed)
-        self.network = networks.RegistrationNetwork(settings.guided)
+        self.network = networks.RegistrationNetwork(settings.guided, settings.width)
 
     def draw(self, step):
         """The pairs of slices of step `step`: a `PairBatch`."""

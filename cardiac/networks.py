@@ -23,18 +23,20 @@ class RegistrationNetwork(nn.Module):
     resolution, where the last convolutions and the integration cost a quarter.
 
     guided: the moving slice's labels, known wherever labels are to be carried, are an input too: what is left
-    to find is where its outlines lie in the fixed slice.
+    to find is where its outlines lie in the fixed slice. width: times VoxelMorph's channels.
     """
 
-    def __init__(self, guided=False):
+    def __init__(self, guided=False, width=1):
         super().__init__()
         self.guided = guided
-        widths = [1 + CLASSES if guided else 2, 16, 32, 32, 32]
-        self.encoder = nn.ModuleList(map(_convolution, widths, widths[1:]))
-        # 64: 32 and a skip of 32; the finest skip stays unused: half resolution
-        self.decoder = nn.ModuleList(_convolution(before, 32) for before in (32, 64, 64, 64))
-        self.last = nn.Sequential(_convolution(32, 32), _convolution(32, 16), _convolution(16, 16))
-        self.velocity = nn.Conv2d(16, 2, 3, padding=1)
+        fine, coarse = 16 * width, 32 * width  # channels
+        levels = [1 + CLASSES if guided else 2, fine, coarse, coarse, coarse]
+        self.encoder = nn.ModuleList(map(_convolution, levels, levels[1:]))
+        # a level's own channels and its skip's; the finest skip stays unused: half resolution
+        both = 2 * coarse
+        self.decoder = nn.ModuleList(_convolution(before, coarse) for before in (coarse, both, both, both))
+        self.last = nn.Sequential(*map(_convolution, (coarse, coarse, fine), (coarse, fine, fine)))
+        self.velocity = nn.Conv2d(fine, 2, 3, padding=1)
         nn.init.normal_(self.velocity.weight, std=1e-5)  # training starts from the identity
         nn.init.zeros_(self.velocity.bias)
 

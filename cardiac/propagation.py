@@ -17,6 +17,7 @@ from cardiac.losses import IGNORED, one_hot, region_dice
 from cardiac.metrics import score_case
 from cardiac.networks import RegistrationNetwork, Turned, displacements, refine, register, velocities
 from cardiac.parts import UNKEPT
+from cardiac.settings import WIDEST
 from cardiac.slices import SliceStore
 from cardiac.warp import compose, jacobian_determinant, warp
 from cardiac.workers import worker_pool
@@ -31,7 +32,10 @@ def load_registration(out, device):
     folder = out / "registration"
     trained = read_json(folder / "config.json") if (folder / "best.pt").exists() else {}
     settings = trained.get("settings", {})
-    network = RegistrationNetwork(settings.get("guided", False))
+    width = settings.get("width", 1)
+    if width not in range(1, WIDEST + 1):
+        raise InputError(f"{folder / 'config.json'}: width {width} makes no sense; start with --overwrite")
+    network = RegistrationNetwork(settings.get("guided", False), int(width))
     progress = load_network(network, folder / "best.pt", device)
     return Turned(network).eval() if settings.get("turned", False) else network, progress
 

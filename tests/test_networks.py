@@ -40,17 +40,20 @@ def test_shapes_at_every_multiple_of_16(size):
     assert segment(segmentation.eval(), moving).shape == (2, 4, *size)
 
 
-def test_registration_has_the_feature_widths_of_voxelmorph_and_stops_at_half_resolution():
-    network = RegistrationNetwork()
-    assert [(c.in_channels, c.out_channels) for c in convolutions(network)] == [
-        (2, 16), (16, 32), (32, 32), (32, 32),  # encoder
+@pytest.mark.parametrize(("width", "parameters"), [(1, 104_562), (2, 416_482)])
+def test_registration_has_the_feature_widths_of_voxelmorph_and_stops_at_half_resolution(width, parameters):
+    network = RegistrationNetwork(width=width)
+    features = [
+        (16, 32), (32, 32), (32, 32),  # encoder
         (32, 32), (64, 32), (64, 32), (64, 32),  # decoder, skips concatenated
         (32, 32), (32, 16), (16, 16),  # last
-        (16, 2),  # velocity
     ]
+    expected = [(before * width, after * width) for before, after in features]
+    found = [(c.in_channels, c.out_channels) for c in convolutions(network)]
+    assert found == [(2, 16 * width), *expected, (16 * width, 2)]
     assert {c.kernel_size for c in convolutions(network)} == {(3, 3)}
     assert {m.negative_slope for m in network.modules() if isinstance(m, nn.LeakyReLU)} == {0.2}
-    assert sum(p.numel() for p in network.parameters()) == 104_562
+    assert sum(p.numel() for p in network.parameters()) == parameters
 
 
 def test_segmentation_has_the_channels_of_the_paper():

@@ -12,7 +12,7 @@ import train_segmentation
 from cardiac import propagation
 from cardiac.cache import open_cache
 from cardiac.checkpoint import weights_digest
-from cardiac.files import read_json
+from cardiac.files import InputError, read_json
 from cardiac.losses import IGNORED, soft_dice_loss
 from cardiac.networks import RegistrationNetwork, SegmentationNetwork, Turned
 from cardiac.settings import RegistrationSettings
@@ -71,6 +71,21 @@ def test_labels_are_carried_and_scored_by_a_pair_and_the_turned_pair(tiny_data, 
     network, _ = propagation.load_registration(out, torch.device("cpu"))
     assert type(network) is RegistrationNetwork
     assert weights_digest(network) != before, "labels.h5 is told by it"
+
+
+def test_a_wider_registration_is_read_back_as_wide(tiny_data, tmp_path):
+    out = tmp_path / "run"
+    command = ["--data", str(tiny_data), "--out", str(out), *GRID.split(), "--width", "2", "--max-steps", "1"]
+    assert train_registration.main(command) == 0
+    path = out / "registration" / "config.json"
+    config = read_json(path)
+    network, _ = propagation.load_registration(out, torch.device("cpu"))
+    assert network.network.velocity.in_channels == 32
+    for width, error in ((1, "another architecture"), ("2", "width 2 makes no sense"), (10**9, "no sense")):
+        config["settings"]["width"] = width
+        path.write_text(json.dumps(config))
+        with pytest.raises(InputError, match=error):
+            propagation.load_registration(out, torch.device("cpu"))
 
 
 def test_refinement_is_a_word_of_the_propagation_and_labels_are_told_by_it(tiny_data, tmp_path, capsys):
