@@ -12,7 +12,7 @@ from cardiac import evaluation, networks, page, predict, report
 from cardiac.cache import open_cache, withhold
 from cardiac.checkpoint import load_network, restore, weights_digest
 from cardiac.evaluation import MODELS
-from cardiac.files import InputError, read_json, write_csv, write_json, write_text
+from cardiac.files import InputError, digest, read_json, write_csv, write_json, write_text
 from cardiac.parts import PARTS, Parts
 from cardiac.propagation import made_from as labels_made_from
 from cardiac.run import cases_digest, choose_device, dataset_identity, describe, run_folder, script
@@ -56,9 +56,10 @@ def main(argv):
         words = {name: getattr(settings, name) for name in ("split", *SCORED_BY)}
         weights = {model: {"steps": p.step, "weights": weights_digest(n)} for model, (n, p) in models.items()}
         made_from = {**words, "cases": cases_digest(cases), "models": weights}
-        propagation = settings.out / "propagation" if own else None
+        out = settings.out if own else None
         shown = {"dataset": cache.name, "cases": cases_digest(cache.cases), "skipped": list(cache.skipped),
-                 "propagated": labels_made_from(propagation / "labels.h5") if own else None,
+                 "propagated": labels_made_from(out / "propagation" / "labels.h5") if own else None,
+                 "training": own and digest(*(p.read_bytes() for p in page.training_files(out).values())),
                  "view": list(settings.view)}
         summary = folder / "summary.json"
         done = read_json(summary) if summary.exists() else {}
@@ -72,7 +73,7 @@ def main(argv):
         rows = [path and evaluation.read_scores(path) for path in (folder / "cases.csv", largest)]
         results = evaluation.Results(*rows, cache, cases, settings.split, trained, own)
         write_results(folder, results)
-        page.write_report(folder, results, settings.view, settings.all_frames, propagation)
+        page.write_report(folder, results, settings.view, settings.all_frames, out)
         print(f"\nto look at: {folder / 'report.html'}")
         write_json(summary, {"made_from": made_from, "shown": shown, **results.summary()})
 

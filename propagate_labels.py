@@ -35,7 +35,7 @@ def main(argv):
     rules = f"registration of step {trained.step}, {weights_digest(network)}, {settings.frames}, "
     rules += f"{settings.recipe}, trust {trust.RULES if settings.trust else None}"
     rules += f", refined {settings.refine}" if settings.refine else ""
-    made_from = f"{rules}, {cases_digest(cases)}"
+    made_from = f"{rules}, {cases_digest(cases)}, {cases_digest(cases, times=False)}"
     with run_folder(settings, "propagation", cache.cases) as folder:
         path = folder / "labels.h5"
         if propagation.made_from(path) == made_from:

@@ -10,6 +10,7 @@ from cardiac import losses, networks, parallel, propagation, report
 from cardiac.augment import augment_pairs
 from cardiac.cache import open_cache
 from cardiac.checkpoint import weights_digest
+from cardiac.evaluation import aligned
 from cardiac.files import write_csv, write_text
 from cardiac.parallel import from_first, in_first
 from cardiac.parts import PARTS, Parts
@@ -23,8 +24,6 @@ from cardiac.warp import integrate, resize_displacement, warp
 class Registration:
     """The task of the training loop: pairs of slices, the loss of VoxelMorph, validation from ED to ES."""
 
-    warp = staticmethod(warp)  # of the loss; like `transform`, what another registration may do its own way
-
     def __init__(self, settings, training, validation):
         self.settings, self.validation = settings, validation
         self.pairs = Pairs(training, settings.labelled_share)
@@ -36,17 +35,19 @@ class Registration:
         batch = self.pairs.draw(self.settings.batch_size, self.settings.seed, step)
         return augment_pairs(batch, self.settings.seed, step) if self.settings.augment else batch
 
-    def transform(self, moving, fixed, regions):
-        """The velocity that the network gives, and the displacement (B, 2, H, W), pixels, made of it."""
+    def register(self, moving, fixed, regions):
+        """The network's velocity; its displacement (B, 2, H, W), pixels; both inputs that move, warped by it:
+        (B, 4, H, W), the image of `moving` and its regions.
+        """
         velocity = self.network(moving, fixed, regions)
-        return velocity, resize_displacement(integrate(velocity), fixed.shape[-2:])
+        displacement = resize_displacement(integrate(velocity), fixed.shape[-2:])
+        # image and labels go through one grid_sample
+        return velocity, displacement, warp(torch.cat([moving, regions], dim=1), displacement)
 
     def losses(self, batch):
         """Image similarity, smoothness, labels' overlap (Balakrishnan et al., 2019) and difference."""
         regions, target = losses.one_hot(batch.moving_labels), losses.one_hot(batch.fixed_labels)
-        velocity, displacement = self.transform(batch.moving, batch.fixed, regions)
-        # image and labels go through one grid_sample
-        warped = self.warp(torch.cat([batch.moving, regions], dim=1), displacement)
+        velocity, _, warped = self.register(batch.moving, batch.fixed, regions)
         terms = {
             "image": self.similarity(warped[:, :1], batch.fixed),
             "smooth": losses.diffusion(velocity),
@@ -103,16 +104,14 @@ def main(argv):
         if not fit(task, settings, folder, device, outcome="quality.csv"):
             return
         network, _ = propagation.load_registration(settings.out, device)
-
-        if not tested:
-            print("no labelled case in Validation or Testing: quality.csv stays empty")
         parts = Parts(folder / PARTS, (weights_digest(network), settings.size, settings.spacing))
         rows = propagation.score_registration(network, cache, tested, settings, device, parts)
         report.draw_curves(folder)
         report.draw_registration(folder / "example.png", network, task.validation)
         write_csv(folder / "quality.csv", propagation.QUALITY, rows)
         write_text(scored, made_from)
-        report.print_quality(rows)
+        none = "no labelled case in Validation or Testing: quality.csv stays empty"
+        print(aligned(report.quality_lines(folder / "quality.csv")) if rows else none)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from cardiac.checkpoint import load_network, weights_digest
 from cardiac.files import InputError, read_json
 from cardiac.parallel import from_first, in_first
 from cardiac.propagation import Propagated, load_registration, made_from
-from cardiac.run import check_run, choose_device, describe, run_folder, script
+from cardiac.run import cases_digest, check_run, choose_device, describe, run_folder, script
 from cardiac.settings import SegmentationSettings, parse
 from cardiac.slices import LabelledSlices, SliceStore
 from cardiac.training import fit
@@ -93,6 +93,15 @@ def read_propagated(settings):
     return None
 
 
+def check_cases(settings, cases):
+    """Raise InputError where the propagated labels were made from other cases than these, or other files."""
+    path = settings.out / "propagation" / "labels.h5"
+    labelled = [case for case in cases if case.labelled]
+    if cases_digest(labelled, times=False) not in (made_from(path) or ""):
+        what = "made from other cases of Training than there are now, or from files that have changed since"
+        raise InputError(f"{path}: {what}; run propagate_labels.py before")
+
+
 def begun(settings, propagated):
     """Whether OUT holds a training on these very labels, to be gone on with."""
     config = settings.out / "segmentation" / "propagated" / "config.json"
@@ -118,6 +127,8 @@ def main(argv):
     digests = {"original": None, "propagated": propagated and propagated.digest()}
     for name, place in folders.items():  # before the first of them is trained
         from_first(check_run, settings, place, cache.cases, digests[name])
+    if propagated:
+        check_cases(settings, cache.split("Training"))
     store = SliceStore(cache, training, device, "training")
     validation = SliceStore(cache, validation + unseen, device, "validation")
     for name, place in folders.items():

@@ -30,7 +30,7 @@ from cardiac.warp import integrate, resize_displacement, warp
 from experiments.common import voxelmorph_networks
 
 BATCH, SIZES = 16, (128, 192)
-GUIDED = "ours, guided by labels"
+GUIDED, WIDE = "ours, guided by labels", "ours, guided, twice the channels"
 ALIKE = " in our layout" if DEVICE.type == "cpu" else " in our layout and precision"
 
 
@@ -38,12 +38,12 @@ class Ours:
     """The project's network, as `train_registration.py` and `networks.register` run it.
 
     guided: with the labels of the moving slice as an input, as under the `strong` recipe; that carries labels
-    by two such passes (`networks.Turned`).
+    by two such passes (`networks.Turned`). width: as `--width`.
     """
 
-    def __init__(self, size, guided=False):
+    def __init__(self, size, guided=False, width=1):
         self.size = (size, size)
-        network = networks.RegistrationNetwork(guided)
+        network = networks.RegistrationNetwork(guided, width)
         self.network = network.to(DEVICE, memory_format=torch.channels_last)
         self.labels = torch.from_numpy(labels_like_a_heart(BATCH, size)).to(DEVICE)
         self.regions = losses.one_hot(self.labels)
@@ -95,6 +95,7 @@ def monai(alike=False):
 CONTESTANTS = {  # name: what makes it for slices of size x size
     "ours": Ours,
     GUIDED: lambda size: Ours(size, guided=True),
+    WIDE: lambda size: Ours(size, guided=True, width=2),
     "VxmDense": vxm_dense(),
     "VxmDense, unet_half_res": vxm_dense(unet_half_res=True),
     "MONAI VoxelMorph": monai(),
@@ -145,9 +146,10 @@ def speed(size, rounds):
         times = in_turn({name: make(each, size) for name, each in networks_of.items()}, rounds, calls=CALLS)
         for name in times:
             rows.append(milliseconds(f"{kind}, {size} x {size}: {name}", times[name]))
-            if name == GUIDED:
-                limit = targets[kind]["VxmDense"]
-                rows.append(ratio("... guided / VxmDense", times[name], times["VxmDense"], at_most=limit))
+            if name in (GUIDED, WIDE):
+                limit = {"at_most": targets[kind]["VxmDense"]} if name == GUIDED else {}
+                compared = f"... {name.removeprefix('ours, ')} / VxmDense"
+                rows.append(ratio(compared, times[name], times["VxmDense"], **limit))
             elif name != "ours":
                 limit = {} if ALIKE in name else {"at_most": targets[kind].get(name, 1.0)}
                 rows.append(ratio(f"... ours / {name}", times["ours"], times[name], **limit))
@@ -161,11 +163,11 @@ def memory():
     for k, what in enumerate(f"{kind}, {size} x {size}" for kind in ("inference", "step") for size in SIZES):
         rows.append(Row(f"memory, {what}: ours", [peaks["ours"][k]], "MB"))
         for name in list(peaks)[1:]:
-            if name == GUIDED:
-                compared = f"... guided by labels ({peaks[name][k]:.0f} MB) / VxmDense"
-                rows.append(Row(compared, [peaks[name][k] / peaks["VxmDense"][k]], at_most=0.5))
+            limit = {"at_most": 0.5} if name in (GUIDED, "VxmDense") else {}
+            if name in (GUIDED, WIDE):
+                compared = f"... {name.removeprefix('ours, ')} ({peaks[name][k]:.0f} MB) / VxmDense"
+                rows.append(Row(compared, [peaks[name][k] / peaks["VxmDense"][k]], **limit))
                 continue
-            limit = {"at_most": 0.5} if name == "VxmDense" else {}
             compared = f"... ours / {name} ({peaks[name][k]:.0f} MB)"
             rows.append(Row(compared, [peaks["ours"][k] / peaks[name][k]], **limit))
     return rows

@@ -59,9 +59,9 @@ class CachedCase(Case):
         """Number of frames."""
         return self.shape[3]
 
-    def identity(self):
-        """What tells when the case or its slices have changed, as JSON."""
-        return {**super().identity(), "crop": self.crop_centre, "withheld": self.withheld}
+    def identity(self, times=True):
+        """What tells when the case or its slices have changed, as JSON; times: as `Case.identity`."""
+        return {**super().identity(times), "crop": self.crop_centre, "withheld": self.withheld}
 
     def rows(self, frame):
         """Rows of a frame's slices in `images`: (Z,)."""
@@ -125,14 +125,15 @@ class Cache:
         """The cases of these splits."""
         return [case for case in self.cases if case.split in names]
 
-    def training_and_validation(self, seed, held_out=None, say=print):
+    def training_and_validation(self, seed, held_out=None, over=False):
         """The cases to train on, to validate on, and to log alone: three lists.
 
         Validated on are labelled Validation cases of vendors that have training labels; those of other
         vendors are logged and decide nothing. Without the former, 20 % of the labelled training patients by
-        seed, at least one. held_out: codes of those, of a run that has chosen them, [] for none; None: not
-        yet chosen. Where no other patient has labels, they are trained on, too. `say` is told of held-out
-        patients. Raises InputError without training labels, and for a code that is not of such a patient.
+        seed, at least one, which is said. held_out: codes of those, of a run that has chosen them, [] for
+        none; None: not yet chosen. Where no other patient has labels, they are trained on, too. over: of a
+        run that is; nothing is said, and its Validation may have gone. Raises InputError without training
+        labels, for a code that is not of such a patient, and where a run's Validation has gone.
         """
         training = self.split("Training")
         labelled = [case for case in training if case.labelled]
@@ -142,7 +143,10 @@ class Cache:
         validation = [case for case in self.split("Validation") if case.labelled]
         unseen = [case for case in validation if case.vendor not in seen]
         validation = [case for case in validation if case.vendor in seen]
-        if validation and not held_out:
+        if held_out == [] and not (validation or over):
+            what = "this run was validated on cases of Validation, which are not there now"
+            raise InputError(f"{self.root}: {what}; bring them back, or start anew in another --out")
+        if held_out == [] or (validation and not held_out):
             return training, validation, unseen
         why = "held out for validation"
         if not held_out:
@@ -154,11 +158,14 @@ class Cache:
             raise InputError(f"--held-out {sorted(unknown)[0]}: no labelled case of Training of {self.root}")
         validation = [case for case in labelled if case.code in held_out]
         codes = ", ".join(case.code for case in validation)
+        said = f"{why}: {len(validation)} of {len(labelled)} training patients, {codes}"
         if len(validation) == len(labelled):
-            say(f"warning: no other patient has labels: {codes} trained and validated on")
-            return training, validation, unseen
-        say(f"{why}: {len(validation)} of {len(labelled)} training patients, {codes}")
-        return [case for case in training if case not in validation], validation, unseen
+            said = f"warning: no other patient has labels: {codes} trained and validated on"
+        else:
+            training = [case for case in training if case not in validation]
+        if not over:
+            print(said)
+        return training, validation, unseen
 
 
 def open_cache(settings):

@@ -126,7 +126,7 @@ class Results:
         training, validation = self.cache.split("Training"), []
         if self.own and any(case.labelled for case in training):
             chosen = self.used["seed"], self.used["held_out"]
-            training, validation, _ = self.cache.training_and_validation(*chosen, say=lambda text: None)
+            training, validation, _ = self.cache.training_and_validation(*chosen, over=True)
         self.learnt_from = [case for case in training if case.labelled]
         self.validated = {case.code for case in validation}  # chose the checkpoints
         self.seen = {case.vendor for case in self.learnt_from}  # vendors whose labels were trained on

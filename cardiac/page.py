@@ -17,11 +17,11 @@ from PIL import Image
 
 from cardiac import LABELS, REGIONS
 from cardiac.cases import VENDORS, load_case
-from cardiac.evaluation import FAILURE, mean, number, p_text
+from cardiac.evaluation import FAILURE, MODELS, mean, number, p_text
 from cardiac.files import write_text
 from cardiac.preprocessing import intensity_window
 from cardiac.propagation import Propagated
-from cardiac.report import COLOURS, heart_box, labelled_cine, median_case, read_prediction
+from cardiac.report import COLOURS, heart_box, labelled_cine, median_case, quality_lines, read_prediction
 
 PAIRED = (
     "Difference of a patient's mean Dice; bootstrap over patients; p not corrected for so many rows. Where "
@@ -30,11 +30,11 @@ PAIRED = (
 OTHERS = "The labels in propagation/ are not those that the networks were trained on, and are not shown."
 
 
-def write_report(folder, results, view, all_frames, propagation):
+def write_report(folder, results, view, all_frames, out):
     """Write report.html of the evaluation in `folder`.
 
-    view: codes to show beside the best, median and worst. all_frames: whether every frame was predicted.
-    propagation: folder of propagated labels of this dataset, or None.
+    view: codes to show beside the best, median and worst. all_frames: whether every frame was predicted. out:
+    folder of the run, where it was trained on this dataset, or None.
     """
     chosen = {}
     for model in results.models:
@@ -56,7 +56,8 @@ def write_report(folder, results, view, all_frames, propagation):
         "Volumes and function against the expert": _agreement(results)
         + _picture(folder / "bland_altman.png", "Bland-Altman plots of LV EDV, LV ESV and LV EF"),
         "Cases to look at": _viewer("cases", views),
-        "Propagated labels": _propagation(results, propagation),
+        "Propagated labels": out and _propagation(results, out / "propagation"),
+        "Training": out and _training(out),
         "All cases": _cases(results, list(chosen)),
     }
     body = "\n".join(f"<h2>{head}</h2>{text}" if head else text for head, text in sections.items() if text)
@@ -150,9 +151,30 @@ def _cases(results, shown):
     return _table(lines, sortable=True) + (text if missed else "")
 
 
-def _picture(path, text):
+def training_files(out):
+    """{what it shows: path} of what is shown of the training of the run in `out`: those that there are."""
+    files = {"quality of the registration": out / "registration" / "quality.csv",
+             "registration of middle slices": out / "registration" / "example.png"}
+    runs = ("registration", *(f"segmentation/{model}" for model in MODELS))
+    files |= {f"curves of {run.rpartition('/')[2]}": out / run / "curves.png" for run in runs}
+    return {what: path for what, path in files.items() if path.exists()}
+
+
+def _training(out):
+    text = ""
+    for what, path in training_files(out).items():
+        if path.suffix == ".csv":
+            text += _table(quality_lines(path))
+        else:
+            kind = "photo" if path.name == "example.png" else "chart"
+            text += f"<p class=soft>{what}</p>{_picture(path, what, kind)}"
+    return text
+
+
+def _picture(path, text, kind="chart"):
+    """A PNG file; a "chart" is inverted where the page is dark."""
     data = base64.b64encode(path.read_bytes()).decode()
-    image = f'<img class="chart" src="data:image/png;base64,{data}" alt="{text}">'
+    image = f'<img class="{kind}" src="data:image/png;base64,{data}" alt="{text}">'
     return f'<div class="scroll" tabindex="0">{image}</div>'
 
 
@@ -190,7 +212,7 @@ def _case_view(folder, results, case, why, all_frames):
 
 def _propagation(results, folder):
     """The cine of the case of median confidence, from ED on, and its confidence over time."""
-    if folder is None or not (folder / "labels.h5").exists():
+    if not (folder / "labels.h5").exists():
         return ""
     propagated, cache = Propagated.read(folder / "labels.h5"), results.cache
     if not propagated.where:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from cardiac import LABELS, REGIONS
 from cardiac.cases import load_case
-from cardiac.evaluation import counted, number, prediction_path
+from cardiac.evaluation import mean, number, prediction_path
 from cardiac.files import read_csv, replacing, write_bytes
 from cardiac.losses import IGNORED
 from cardiac.networks import register, segment
@@ -262,17 +262,15 @@ def labelled_cine(cache, case, propagated):
     return {t: (store.frame(own, t)[:, 0].numpy(), np.where(maps[t] == IGNORED, 0, maps[t])) for t in order}
 
 
-def print_quality(rows):
-    """Print the registration's quality: a line a split and region, before and after."""
+def quality_lines(path):
+    """The registration's quality.csv as rows of text, names first: a line a split and region."""
+    rows = read_csv(path)
+    lines = [["ED -> ES, on own grids", "cases", "Dice", "warped", "HD95, mm", "warped", "folding, %"]]
+    names = [f"{score}_{when}" for score in ("dice", "hd95_mm") for when in ("before", "after")]
+    forms = dict(zip((*names, "folding_percent"), (".3f", ".3f", ".1f", ".1f", ".4f")))
     for split in dict.fromkeys(row["split"] for row in rows):
-        part = [row for row in rows if row["split"] == split]
-        cases = counted(len(part) // len(REGIONS), "case")
-        print(f"ED -> ES on {split}, {cases}, 3-D on their own grids:")
-        for name in (*REGIONS, "mean"):
-            chosen = [row for row in part if name in (row["region"], "mean")]
-            names = [key for key in chosen[0] if key[:4] in ("dice", "hd95")]
-            means = {key: np.nanmean([row[key] for row in chosen]) for key in names}
-            print(f"  {name:4}  Dice {means['dice_before']:.3f} -> {means['dice_after']:.3f}   "
-                  f"HD95 {means['hd95_mm_before']:5.1f} -> {means['hd95_mm_after']:5.1f} mm")
-        folding = np.mean([row["folding_percent"] for row in part])
-        print(f"  folding {folding:.4f} % of the pixels within 10 mm of the labels")
+        for region in (*REGIONS, "mean"):
+            own = [row for row in rows if row["split"] == split and region in (row["region"], "mean")]
+            cells = [number(mean(float(row[name] or "nan") for row in own), forms[name]) for name in forms]
+            lines.append([f"{split} {region}", str(len({row["case"] for row in own})), *cells])
+    return lines

@@ -86,7 +86,7 @@ def _last_words(error):
         return str(error), 2
     text = str(error)
     if isinstance(error, torch.cuda.OutOfMemoryError) or any(words in text for words in FULL):
-        return "out of GPU memory: lower --size (or --batch-size, --channels), or take --device cpu", 2
+        return "out of GPU memory: lower --size, --batch-size, --channels or --width, or take --device cpu", 2
     if any(words in text for words in UNUSABLE):
         what = "free the card, install a PyTorch that is built for it, or take --device cpu"
         return f"{text.splitlines()[0]}: {what}", 2
@@ -207,6 +207,8 @@ def dataset_identity(cases):
     return digest("\n".join(sorted(case.code for case in training or cases)))
 
 
-def cases_digest(cases):
-    """A digest of the cases that a result was made from: their codes, what the table says, their files."""
-    return digest(json.dumps([case.identity() for case in cases]))
+def cases_digest(cases, times=True):
+    """A digest of the cases that a result was made from: codes, what the table says, files; times: as
+    `Case.identity`.
+    """
+    return digest(json.dumps([case.identity(times) for case in cases]))

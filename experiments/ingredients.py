@@ -29,6 +29,7 @@ RUNS = {  # each with the words of the one before it, from `paper` to `strong`
     "and guided by the labels": (*LABELLED, "--guided"),
     "and squared difference of the labels": (*LABELLED, "--guided", "--difference-weight", "20"),
     "and turned by 180 degrees = strong": ("--recipe", "strong"),
+    "strong, twice the channels": ("--recipe", "strong", "--width", "2"),
     "strong, local NCC for the image": ("--recipe", "strong", "--similarity", "ncc", "--smoothness", "1"),
 }
 

@@ -55,16 +55,16 @@ class VoxelMorph(Registration):
         shape = (settings.size, settings.size)
         self.network = voxelmorph_networks().VxmDense(shape, unet_half_res=half_resolution)
 
-    def transform(self, moving, fixed, regions):
-        """What VxmDense.forward does up to its warp; it does not return velocity and displacement both."""
+    def register(self, moving, fixed, regions):
+        """What VxmDense.forward does; it does not return velocity and displacement both.
+
+        Its own transformer, for image and labels at once: zeros outside, align_corners=True.
+        """
         network = self.network
         flow = network.flow(network.unet_model(torch.cat([moving, fixed], dim=1)))
         velocity = network.resize(flow) if network.resize else flow
-        return velocity, network.fullsize(network.integrate(velocity))
-
-    def warp(self, images, displacement):
-        """Its own transformer, for images and labels at once: zeros outside, align_corners=True."""
-        return self.network.transformer(images, displacement)
+        displacement = network.fullsize(network.integrate(velocity))
+        return velocity, displacement, network.transformer(torch.cat([moving, regions], 1), displacement)
 
 
 CONTESTANTS = {
@@ -134,8 +134,8 @@ def scores(task, store):
     for case in store.cases:
         ed, es = (store.frame(case, frame) for frame in (case.ed, case.es))
         source, target = (store.expert(case, frame) for frame in (case.ed, case.es))
-        _, displacement = task.transform(ed, es, one_hot(source))
-        warped = most_likely(task.warp(one_hot(source), displacement).transpose(0, 1).numpy())
+        _, displacement, warped = task.register(ed, es, one_hot(source))
+        warped = most_likely(warped[:, 1:].transpose(0, 1).numpy())
         found.append([dice(warped == label, target.numpy() == label) for label in LABELS.values()])
         outside = ((source == 0) & (target == 0)).numpy()
         spacing = store.cache.spacing

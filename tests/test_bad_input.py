@@ -199,6 +199,32 @@ def test_the_output_of_another_dataset_is_not_gone_on_with(run, tmp_path, refuse
     assert differences(before, snapshot(run.out)) in ([], ["only in the second: .evaluation.lock"])
 
 
+@pytest.mark.parametrize("change", ["another dataset", "a mended label"])
+def test_propagated_labels_of_other_cases_are_not_trained_on(run, refused, tmp_path, change):
+    shutil.rmtree(run.out / "segmentation")
+    if change == "a mended label":
+        put(run.image("sa_gt"), (slice(4), slice(4), 1, 0), 2)
+    else:  # by the registration of this one
+        mine, run.data = run.data, write_mms(tmp_path / "other", [Tiny("X0"), Tiny("X1", "Testing")])
+        assert run(propagate_labels, "--overwrite") == 0
+        run.data = mine
+    refused(run(train_segmentation), "labels.h5", "other cases of Training", "run propagate_labels.py")
+    assert run(train_segmentation, "--labels", "original") == 0
+    assert not (run.out / "segmentation" / "propagated").exists()
+    assert run(propagate_labels, "--overwrite") == 0
+    assert run(train_segmentation) == 0
+
+
+def test_a_validation_that_has_gone_does_not_change_what_is_trained_on(run, refused):
+    before = snapshot(run.out)
+    shutil.rmtree(run.data / "Validation")
+    for module in (train_registration, train_segmentation):
+        refused(run(module, "--max-steps", "9"), "validated on cases of Validation, which are not there now")
+    assert differences(before, snapshot(run.out)) == []
+    assert run(evaluate) == 0
+    assert "2 patients" in (run.out / "evaluation" / "table.md").read_text()
+
+
 @MODULES
 def test_another_recipe_in_the_folder(run, refused, module):
     refused(run(module, "--recipe", "strong"), "--recipe strong contradicts --recipe paper", run.out)

@@ -240,7 +240,7 @@ def test_finished_work_is_not_done_twice(evaluated, run, capsys):
     assert all((run.folder / name).read_bytes() == (evaluated.folder / name).read_bytes() for name in tables)
 
 
-@pytest.mark.parametrize("change", ["report", "labels", "vendor"])
+@pytest.mark.parametrize("change", ["report", "labels", "training", "vendor"])
 def test_what_is_shown_is_of_today(evaluated, run, change):
     """Scores are those there are, but the page tells of the training cases and their labels, too."""
     scores, page = (run.folder / name for name in ("cases.csv", "report.html"))
@@ -249,6 +249,8 @@ def test_what_is_shown_is_of_today(evaluated, run, change):
         page.unlink()
     elif change == "labels":
         (run.out / "propagation" / "labels.h5").unlink()
+    elif change == "training":
+        (run.out / "registration" / "curves.png").unlink()
     else:
         run.data = shutil.copytree(run.data, run.out.parent / "data" / run.data.name)
         table = run.data / TABLE

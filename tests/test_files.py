@@ -80,11 +80,13 @@ def test_content_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
 
 
 def test_csv_there_and_back(tmp_path):
-    rows = [{"case": "A0", "dice": 0.5, "n": 3, "hd": math.nan}, {"case": "B, \"0\"", "dice": 1 / 3}]
+    rows = [{"case": "A0", "dice": 0.5, "n": 3, "hd": math.nan}]
+    rows += [{"case": "B, \"0\"", "dice": 1 / 3}, {"dice": 0.0, "hd": 1e-7 / 3}]
     write_csv(tmp_path / "a.csv", ("case", "dice", "n", "hd"), rows)
     assert read_csv(tmp_path / "a.csv") == [
         {"case": "A0", "dice": "0.500000", "n": "3", "hd": ""},
         {"case": "B, \"0\"", "dice": "0.333333", "n": "", "hd": ""},
+        {"case": "", "dice": "0.000000", "n": "", "hd": "3.33333e-08"},
     ]
     assert b"\r" not in (tmp_path / "a.csv").read_bytes()
 

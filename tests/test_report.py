@@ -1,5 +1,6 @@
 """The figures' helpers, and report.html in a headless browser."""
 
+import base64
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import evaluate
 from cardiac import page
 from cardiac.cache import open_cache
+from cardiac.files import read_csv
 from cardiac.propagation import Propagated
 from cardiac.report import heart_box
 from cardiac.settings import PropagationSettings
@@ -90,6 +92,23 @@ def test_report_is_one_small_file_that_loads_nothing(evaluation):
     assert not re.findall(r"(?:src|href)=[\"']?(?!data:|\")[^\"'> ]", text)
     assert "default-src 'none'" in text
     assert "<!--" not in text
+
+
+def test_report_shows_how_the_networks_were_trained(evaluation):
+    text = (evaluation / "report.html").read_text()
+    training = text[text.index("<h2>Training</h2>") : text.index("<h2>All cases</h2>")]
+    pictures = re.findall(r'<img class="(\w+)" src="data:image/png;base64,([^"]*)" alt="([^"]*)"', training)
+    files = {"registration of middle slices": "registration/example.png"}
+    files |= {f"curves of {name}": f"segmentation/{name}/curves.png" for name in ("original", "propagated")}
+    files["curves of registration"] = "registration/curves.png"
+    assert {alt: base64.b64decode(data) for _, data, alt in pictures} == {
+        what: (evaluation.parent / path).read_bytes() for what, path in files.items()
+    }
+    assert {alt for kind, _, alt in pictures if kind == "photo"} == {"registration of middle slices"}
+    rows = read_csv(evaluation.parent / "registration" / "quality.csv")
+    own = [float(row["dice_after"]) for row in rows if row["split"] == "Testing" and row["region"] == "LV"]
+    lines = re.findall(r"<tr><td>Testing LV</td><td>(\d+)</td><td>[^<]*</td><td>([^<]*)</td>", training)
+    assert lines == [(str(len(own)), f"{np.mean(own):.3f}")]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
