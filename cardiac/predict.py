@@ -1,7 +1,6 @@
 """New scans without labels: masks on their own grid, volumes of every frame, ejection fraction and mass."""
 
 import collections
-import re
 
 import numpy as np
 import torch
@@ -29,27 +28,21 @@ def find_scans(paths):
     Files of labels (*_gt, *_pred) are left out of folders. Raises InputError for a folder without NIfTI
     files, and for a file that is not there.
     """
-    files = []
+    files = {}  # by what they lead to: a link goes by its own name, whatever that is called
     for path in paths:
         if not path.exists():
             raise InputError(f"{shown(path)}: no such file or folder")
+        inside, what = [path] if _stem(path) else [], "not the name of a NIfTI file (.nii, .nii.gz)"
         if path.is_dir():
             named = (f for f in path.rglob("*") if _stem(f) and not _stem(f).endswith(NOT_IMAGES))
             inside = sorted(file for file in named if not file.is_dir())
-            if not inside:
-                raise InputError(f"{shown(path)}: no NIfTI file (.nii, .nii.gz) in this folder")
-            files += inside
-        else:
-            if not _stem(path):
-                raise InputError(f"{shown(path)}: not the name of a NIfTI file (.nii, .nii.gz)")
-            files.append(path)
-    unique = {}
-    for file in files:  # a link goes by its own name, whatever the file that it leads to is called
-        unique.setdefault(file.resolve(), file.parent.resolve() / file.name)
-    files = list(unique.values())
-    stems = collections.Counter(_stem(file) for file in files)
-    scans = {}
-    for file in files:
+            what = "no NIfTI file (.nii, .nii.gz) in this folder"
+        if not inside:
+            raise InputError(f"{shown(path)}: {what}")
+        for file in inside:
+            files.setdefault(file.resolve(), file.parent.resolve() / file.name)
+    stems, scans = collections.Counter(map(_stem, files.values())), {}
+    for file in files.values():
         name = _stem(file) if stems[_stem(file)] == 1 else f"{file.parent.name}_{_stem(file)}"
         if name in scans:
             raise InputError(f"{shown(file)}: has the same name as {shown(scans[name])}; rename one")
@@ -141,19 +134,14 @@ def predict_scan(folder, file, network, settings, device):
     volumes = [{region: volume_ml(one == k, spacing) for region, k in LABELS.items()} for one in each]
     cavity = np.array([volume["LV"] for volume in volumes])
     ed, es = int(cavity.argmax()), int(np.where(cavity > 0, cavity, np.inf).argmin())  # 0: LV was not found
-    phases = {"ED": ed, "ES": es}
-    found = heart_function({(p, region): volumes[t][region] for p, t in phases.items() for region in REGIONS})
-    untold = {  # what names the measurements: whether they are not to be had
-        "": not cavity[ed],
-        "ES|SV|EF": ed == es,  # one frame, or LV in no other
-        "RV": not volumes[ed]["RV"],
-        "RV_(ES|SV|EF)": not volumes[es]["RV"],
-        "mass": not volumes[ed]["MYO"],
-    }
-    untold = [names for names, missing in untold.items() if missing]
-    found = {"ED": ed, "ES": es, **found}
-    found = {key: None if any(re.search(n, key) for n in untold) else found[key] for key in found}
-    found |= {"frames": len(slices), "frames_without_LV": int((cavity == 0).sum())}
+    phases = {"ED": ed if cavity[ed] else None, "ES": es if es != ed else None}  # None: LV not in two frames
+    known = {}  # NaN: not found then, or not at ED; so is what needs it
+    for phase, t in phases.items():
+        for region in REGIONS:
+            there = t is not None and volumes[ed][region] and volumes[t][region]
+            known[phase, region] = volumes[t][region] if there else np.nan
+    found = {name: None if np.isnan(value) else value for name, value in heart_function(known).items()}
+    found = {**phases, **found, "frames": len(slices), "frames_without_LV": int((cavity == 0).sum())}
 
     times = _times(header, len(slices))
     rows = [dict(zip(VOLUMES, (t, times[t], *volume.values()))) for t, volume in enumerate(volumes)]

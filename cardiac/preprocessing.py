@@ -109,7 +109,16 @@ def to_slices(image, spacing, size, target, crop):
     """
     centre = motion_centre(image, spacing) if crop == "motion" else None
     grid = Grid(image.shape[:2], tuple(spacing[:2]), size, target, centre)
-    return standardise(image, grid), grid
+    low, high = intensity_window(image)
+    slices = np.empty((image.shape[3], image.shape[2], size, size), np.float16)
+    for frame in range(image.shape[3]):
+        planes = image[..., frame].transpose(2, 0, 1).astype(np.float32)
+        planes = np.clip(planes, low, high, out=planes)
+        planes -= low
+        planes /= high - low
+        # torch's conversion to float16 takes a twentieth of NumPy's time
+        torch.from_numpy(slices[frame]).copy_(torch.from_numpy(grid.to_slices(planes)))
+    return slices.reshape(-1, size, size), grid
 
 
 def intensity_window(image):
@@ -153,17 +162,3 @@ def motion_centre(image, spacing, blur=20.0, radius=64.0):
         if near.any():
             centre = (positions * near[..., None]).sum((0, 1)) / near.sum()
     return tuple((middle + np.round(centre - middle)).tolist())
-
-
-def standardise(image, grid):
-    """A cine (X, Y, Z, T) to slices (T * Z, S, S) float16 with intensities in [0, 1]."""
-    low, high = intensity_window(image)
-    slices = np.empty((image.shape[3], image.shape[2], grid.size, grid.size), np.float16)
-    for frame in range(image.shape[3]):
-        planes = image[..., frame].transpose(2, 0, 1).astype(np.float32)
-        planes = np.clip(planes, low, high, out=planes)
-        planes -= low
-        planes /= high - low
-        # torch's conversion to float16 takes a twentieth of NumPy's time
-        torch.from_numpy(slices[frame]).copy_(torch.from_numpy(grid.to_slices(planes)))
-    return slices.reshape(-1, grid.size, grid.size)

@@ -10,6 +10,7 @@ import dataclasses
 import numpy as np
 import torch
 
+from cardiac.building import places_of
 from cardiac.losses import IGNORED
 from cardiac.parallel import ON_THIS_HOST, share
 
@@ -35,8 +36,10 @@ class SliceStore:
     def __init__(self, cache, cases, device, what=None, place=None):
         self.cache, self.device = cache, device
         ranges = [(case.first, case.first + case.slices * case.frames) for case in cases]
-        label_ranges = [(c.first_label, c.first_label + 2 * c.slices) for c in cases if c.labelled]
-        rows = sum(stop - start for start, stop in ranges)
+        label_ranges = [(c.first_label, c.first_label + 2 * c.slices) for c in cases if c.ed is not None]
+        places, counts = places_of(cases)
+        self.cases = [dataclasses.replace(case, **places[case.code]) for case in cases]
+        rows = counts["images"]
         shape = (rows, cache.size, cache.size)
         place = place or _place(rows * cache.size**2 * 2, device)
         self.place, self.memory = place, device if place == "device" else torch.device("cpu")
@@ -44,10 +47,9 @@ class SliceStore:
             self._rows = torch.cat([torch.arange(*each) for each in ranges])
         else:
             self._images = _read_images(cache, ranges, shape, self.memory)
-        labels = np.full((sum(b - a for a, b in label_ranges) + 1, *shape[1:]), IGNORED, np.uint8)
+        labels = np.full((counts["labels"] + 1, *shape[1:]), IGNORED, np.uint8)
         cache.file.read("labels", label_ranges, labels)
         self.labels = torch.from_numpy(labels).to(device)
-        self.cases = _rebase(cases)
         if what:
             at = {"device": f"on the device ({device.type})", "host": "in host memory", "file": "in the file"}
             size = rows * cache.size**2 * 2 / 1e9
@@ -56,7 +58,9 @@ class SliceStore:
     def images(self, rows):
         """Slices of these rows, (B,) on the CPU: (B, 1, S, S) float32 on the device."""
         if self.place == "file":
-            return self._sent(self._from_file(rows))[:, None].float()
+            slices = np.empty((len(rows), self.cache.size, self.cache.size), np.float16)
+            self.cache.file.read("images", ((row, row + 1) for row in self._rows[rows].tolist()), slices)
+            return self._sent(torch.from_numpy(slices))[:, None].float()
         return self.rows_of(self._images, rows)[:, None].float()
 
     def rows_of(self, tensor, rows):
@@ -84,11 +88,6 @@ class SliceStore:
             return self.expert(case, frame)
         return self.labels[-1:].expand(case.slices, -1, -1)
 
-    def _from_file(self, rows):
-        slices = np.empty((len(rows), self.cache.size, self.cache.size), np.float16)
-        self.cache.file.read("images", ((row, row + 1) for row in self._rows[rows].tolist()), slices)
-        return torch.from_numpy(slices)
-
 
 def _read_images(cache, ranges, shape, device):
     """These rows of a cache as a tensor on the device.
@@ -105,17 +104,6 @@ def _read_images(cache, ranges, shape, device):
         cache.file.read("images", [rows], read)
         part.copy_(torch.from_numpy(read))
     return images
-
-
-def _rebase(cases):
-    """The cases with rows counted from 0 in the order given."""
-    rebased, first, first_label = [], 0, 0
-    for case in cases:
-        label = first_label if case.labelled else None
-        rebased.append(dataclasses.replace(case, first=first, first_label=label))
-        first += case.slices * case.frames
-        first_label += 2 * case.slices if case.labelled else 0
-    return rebased
 
 
 def _place(size, device):
