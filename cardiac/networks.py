@@ -180,8 +180,8 @@ def refine(velocity, moving, fixed, steps, smoothness=0.03, lr=0.1):
     for start, source, target in zip(*batches):
         with torch.enable_grad():
             found = start.clone().requires_grad_()
-            # of sums over pixels, so that neither batch nor size matter to epsilon, next to which the
-            # gradient of what is equal in both images is nothing
+            # the loss is summed over pixels, so that a pixel's gradient does not shrink with batch or size:
+            # eps is nothing where the images differ, and keeps Adam still where they agree
             optimizer = torch.optim.Adam([found], lr=lr, eps=1e-3)
             for _ in range(steps):
                 displacement = resize_displacement(integrate(found), target.shape[-2:])

@@ -29,7 +29,7 @@ class Settings:
     """What all four scripts take."""
 
     STRONG: ClassVar = {"crop": "motion"}  # the defaults that --recipe strong changes
-    REMADE: ClassVar = False  # whether what a script wrote is made anew when the run before it is another
+    REMADE: ClassVar = False  # whether results are made anew, not refused, when an earlier run has changed
 
     data: Path = setting(None, "dataset in the layout of M&Ms or ACDC", required=True)
     out: Path = setting(Path("runs"), "folder of this run")
@@ -269,13 +269,15 @@ def _merge(settings, known, stored, folder, written):
         if name not in stored:
             continue
         value, flag = getattr(settings, name), "--" + name.replace("_", "-")
-        if name not in known or (known[name] and settings.REMADE):
+        giver = known.get(name)  # None: not yet known; "": the command line
+        may_differ = (*BUDGET, "seed") if giver else BUDGET
+        if giver is None or (giver and settings.REMADE):
             setattr(settings, name, stored[name])
             known[name] = f" of {folder}"
-        elif value != stored[name] and name not in (BUDGET if not known[name] else (*BUDGET, "seed")):
+        elif value != stored[name] and name not in may_differ:
             what = "leave it away, start anew with --overwrite," if written else "leave it away"
-            what = "make one of them anew with --overwrite," if known[name] else what
+            what = "make one of them anew with --overwrite," if giver else what
             pair = value, stored[name]
             here, there = (f"no {flag}" if each is None else f"{flag} {each}" for each in pair)
-            what = f"{here}{known[name]} contradicts {there} of {folder}; {what}"
+            what = f"{here}{giver} contradicts {there} of {folder}; {what}"
             raise InputError(f"{what} or choose another --out")

@@ -14,7 +14,7 @@ from cardiac.building import places_of
 from cardiac.losses import IGNORED
 from cardiac.parallel import ON_THIS_HOST, share
 
-# bytes of a card that training takes beside its slices: 16 of 192 x 192 and 32 channels in float32
+# bytes of a card left to training beside its slices: enough for 16 of 192 x 192, 32 channels, float32
 NETWORK = 3e9
 
 
@@ -29,8 +29,8 @@ class SliceStore:
 
     cases: the cases, with their rows counted in this store. labels: (M + 1, S, S) uint8 on the device; its
     last row is IGNORED throughout, so that row -1 stands for "no expert label". what: printed with the size
-    and place. place: "device", "host" or "file"; by default where they fit. memory: the device of what is
-    drawn from by `rows_of`, the images unless they are in the file.
+    and place. place: "device", "host" or "file"; by default where they fit. memory: where batches are
+    gathered by `rows_of`, the device or, for "host" and "file", the CPU.
     """
 
     def __init__(self, cache, cases, device, what=None, place=None):

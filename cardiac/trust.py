@@ -31,12 +31,14 @@ def fuse(carried, nearness):
 
     carried: {phase: `propagation.Carried`}; nearness: {phase: (F,)} from 1 at that phase to 0 at the other.
     Returns regions (F, Z, 3, S, S), trust (F, Z, S, S) in [0, 1] and sources, {phase: (F, Z) bool}: the
-    phases that a slice has its label from. One that only one of two known phases shows, out of which the base
-    moves at an unknown time, has it in the nearer half, for as long as the images under the label are better
-    explained by that phase's image than by the other's, which shows what lies beyond the base; and it has
-    less trust the later. Where ES is not known, a region's share in its outermost slices shrinks with the
-    chance that the heart's shortening has drawn it out of the slice (`left_behind`): where that is likelier
-    than not, they become background; a slice that shows nothing else has no label left (`faults`).
+    phases that a slice has its label from.
+
+    A slice that both phases show takes both. One that only one of two known phases shows (the base leaves it
+    at an unknown time) takes that phase's label only in the half of the interval nearer to it, and only until
+    the frames look more like the other phase's image (`_still_shown`); its trust falls with time. Where ES is
+    not known, a region's share in its outermost slices shrinks with the chance that the heart's shortening
+    has drawn it out of the slice by then (`left_behind`): where that is likelier than not, it becomes
+    background; a slice that shows nothing else has no label left (`faults`).
 
     A pixel's trust is the share of its label among the guesses, times how well they fit: the image difference
     that is left, and the Dice of the slice's label with itself after the round trip.
@@ -95,8 +97,8 @@ def _still_shown(own, other, nearness):
     """Where (F, Z) a slice still shows what a phase has carried there, and not yet what the other shows.
 
     The base leaves a slice once: up to some frame the image within the label is better explained by this
-    phase's image, from then on by the other's. It is the frame that the images of all make likeliest; warped
-    by the network alone, since one that is refined explains anything.
+    phase's image, from then on by the other's: the change is put where the evidence of all frames before it
+    is largest. Images are warped by the network alone, since a refined velocity explains anything.
     """
     evidence = ((other.unrefined - own.unrefined) * own.regions.sum(2)).sum((-2, -1))
     order = nearness.argsort(descending=True)  # away from the phase

@@ -62,11 +62,11 @@ def resize_displacement(displacement, size):
 
 
 def remove_folds(velocity, size, passes=20):
-    """The displacement (B, 2, H, W) of a velocity (B, 2, h, w), size = (H, W), that does not fold.
+    """The displacement (B, 2, H, W) of a velocity (B, 2, h, w), size = (H, W), with its folds smoothed away.
 
-    exp(v) does not, but sampled on pixels it does, where v shrinks what is not to be found in the fixed
-    slice to next to nothing. The velocity of a slice that folds is averaged over 3 x 3 pixels and integrated
-    anew, `passes` times at most, until it does not. For inference: it asks the device whether one does.
+    exp(v) never folds, but sampled on pixels it can, where v shrinks to next to nothing what the fixed slice
+    lacks. The velocity of a slice that folds is averaged over 3 x 3 pixels and integrated anew until it does
+    not, `passes` times at most. For inference: it asks the device whether one does.
     """
     displacement = resize_displacement(integrate(velocity), size)
     for _ in range(passes):
