@@ -268,8 +268,7 @@ class Meter:
         self.names, self.sums, self.progress.sums = (), None, {}
 
     def timing(self):
-        """Columns of log.csv that alone differ between equal runs: seconds of all, the rest since the last call.
-        """
+        """Columns of log.csv since the last call, seconds of all: the only ones that equal runs differ in."""
         now = time.perf_counter()
         seconds, steps = now - self.epoch_clock, self.progress.step - self.epoch_step
         row = {"seconds": self.progress.seconds, "samples_per_second": steps * self.batch_size / seconds}
