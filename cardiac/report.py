@@ -263,9 +263,9 @@ def labelled_cine(cache, case, propagated):
 
 
 def quality_lines(path):
-    """The registration's quality.csv as rows of text, names first: a line a split and region."""
+    """The registration's quality.csv, in 3-D on own grids, as rows of text: a line a split and region."""
     rows = read_csv(path)
-    lines = [["ED -> ES", "cases", "Dice", "warped", "HD95 mm", "warped", "folding %"]]  # in 3-D, on own grids
+    lines = [["ED -> ES", "cases", "Dice", "warped", "HD95 mm", "warped", "folding %"]]
     names = [f"{score}_{when}" for score in ("dice", "hd95_mm") for when in ("before", "after")]
     forms = dict(zip((*names, "folding_percent"), (".3f", ".3f", ".1f", ".1f", ".4f")))
     for split in dict.fromkeys(row["split"] for row in rows):
