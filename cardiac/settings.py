@@ -110,7 +110,7 @@ class RegistrationSettings(TrainingSettings):
     smoothness: float = setting(0.01, "weight of the velocity's diffusion (1.0 goes with ncc)")
     dice_weight: float = setting(0.05, "weight of the labels' overlap where both slices have expert labels")
     difference_weight: float = setting(0.0, "weight of the labels' squared difference, in the same slices")
-    width: int = setting(1, "times VoxelMorph's channels; 2 carries labels better, for 2.5 times the time")
+    width: int = setting(1, "times VoxelMorph's channels; 2 carries labels better, in three times the time")
     guided: bool = setting(False, "the labels of the moving slice, where known, are an input of the network")
     turned: bool = setting(False, "carry labels by the mean velocity of a pair and of it turned by 180 deg")
     labelled_share: float = setting(0.5, "share of pairs that are ED and ES, where both have expert labels")
