@@ -152,8 +152,8 @@ def read_json(path):
 
 
 def write_csv(path, columns, rows):
-    """Write rows (mappings) as CSV with these columns. NaN is an empty cell, a float has six decimals, or six
-    digits where it is next to 0.
+    """Write rows (mappings) as CSV with these columns. NaN is an empty cell; floats have six decimals, or
+    twelve next to 0.
 
     A text that a spreadsheet would run as a formula is written with a quote in front of it.
     """
@@ -176,7 +176,7 @@ def _cell(value):
     if value is None or (isinstance(value, float) and value != value):
         return ""
     if isinstance(value, float):
-        return f"{value:.6f}" if value == 0 or abs(value) >= 1e-4 else f"{value:.6g}"
+        return f"{value:.{6 if value == 0 or abs(value) >= 1e-4 else 12}f}"
     if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r", "'"):
         return "'" + value
     return value

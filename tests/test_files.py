@@ -86,7 +86,7 @@ def test_csv_there_and_back(tmp_path):
     assert read_csv(tmp_path / "a.csv") == [
         {"case": "A0", "dice": "0.500000", "n": "3", "hd": ""},
         {"case": "B, \"0\"", "dice": "0.333333", "n": "", "hd": ""},
-        {"case": "", "dice": "0.000000", "n": "", "hd": "3.33333e-08"},
+        {"case": "", "dice": "0.000000", "n": "", "hd": "0.000000033333"},
     ]
     assert b"\r" not in (tmp_path / "a.csv").read_bytes()
 
