@@ -130,14 +130,17 @@ def main(argv):
     if propagated:
         check_cases(settings, cache.split("Training"))
     store = SliceStore(cache, training, device, "training")
+    slices = {  # before the validation is placed, which takes what they leave of a card
+        name: LabelledSlices(store, propagated if name == "propagated" else None, settings.expert_share)
+        for name in folders
+    }
     validation = SliceStore(cache, validation + unseen, device, "validation")
     for name, place in folders.items():
-        extra = propagated if name == "propagated" else None
         with in_first(run_folder(settings, place, cache.cases, digests[name])) as folder:
-            slices = LabelledSlices(store, extra, settings.expert_share)
-            print(f"{name}: {slices.expert} expert slices + {len(slices) - slices.expert} propagated, "
+            expert, carried = slices[name].expert, len(slices[name]) - slices[name].expert
+            print(f"{name}: {expert} expert slices + {carried} propagated, "
                   f"{settings.total_steps} steps of {settings.batch_size} on {describe(device)}")
-            task = Segmentation(settings, slices, validation, logged=unseen)
+            task = Segmentation(settings, slices[name], validation, logged=unseen)
             if fit(task, settings, folder, device, outcome="example.png"):
                 load_network(task.network, folder / "best.pt", device)
                 report.draw_curves(folder)

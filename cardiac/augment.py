@@ -51,8 +51,9 @@ def vary_intensity(generator, images, gamma=0.5, contrast=0.3, bias=0.4, blur=1.
     """Vary images (B, C, S, S) in [0, 1] as scanners differ: one draw for all C channels of a sample.
 
     gamma: log of the largest exponent of the contrast curve; contrast: largest relative change of gain, and
-    of offset; bias: log-amplitude of a smooth shading by the coils; blur: about the standard deviation,
-    pixels, by three taps; noise: of a Rician magnitude, drawn for every pixel, last as in a scanner's chain.
+    .3 of it of offset; bias: twice the largest standard deviation of the log of a smooth shading by the
+    coils, drawn 3 x 3; blur: about the standard deviation, pixels, by three taps; noise: of a Rician
+    magnitude, drawn for every pixel, last as in a scanner's chain.
     """
     batch, channels, height, width = images.shape
     device, whole = images.device, batch * processes()

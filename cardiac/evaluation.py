@@ -230,7 +230,7 @@ class Results:
         if not low:  # not defined for a single patient
             return f"propagated - original: mean Dice {gain}, {found['n']} patient"
         return (f"propagated - original: mean Dice {gain} (95 % interval {low} to {high}, bootstrap over "
-                f"{found['n']} patients; Wilcoxon {p_text(found['p'])})")
+                f"{found['n']} patients, one training each; Wilcoxon {p_text(found['p'])})")
 
 
 def table_row(model, rows, score="dice"):

@@ -131,7 +131,7 @@ class Mirrored(nn.Module):
 
 def _convolution(before, after):
     convolution = nn.Conv2d(before, after, 3, padding=1)
-    nn.init.kaiming_normal_(convolution.weight, a=0.2)  # He et al., 2015, as VoxelMorph's Keras layers
+    nn.init.kaiming_normal_(convolution.weight, a=0.2)  # He et al., 2015, nearly as VoxelMorph's Keras layers
     nn.init.zeros_(convolution.bias)
     return nn.Sequential(convolution, nn.LeakyReLU(0.2, inplace=True))
 

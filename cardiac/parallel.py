@@ -2,9 +2,9 @@
 
 Each process takes its part of the same batch that one process would draw, gradients and losses are averaged,
 and the first process alone validates, prints and writes. The registration's losses are those of one process
-but for rounding. The segmentation's are not quite: batch norm and soft Dice see a process's own part of the
-batch, and the cross-entropy is a mean of means where pixels are IGNORED. Without torchrun there is one
-process, and nothing here does anything.
+but for rounding. The segmentation's are not quite: batch norm, soft Dice and the cross-entropy, which is
+weighted by trust, see a process's own part of the batch. Without torchrun there is one process, and nothing
+here does anything.
 """
 
 import contextlib

@@ -109,10 +109,8 @@ class Run:
     def step(self):
         """One step of the optimiser."""
         self.network.train()
-        start = time.perf_counter()
-        with torch.profiler.record_function("waiting for data"):
+        with self.meter.waiting():
             batch = self.task.draw(self.progress.step)
-        self.meter.waited += time.perf_counter() - start
         with mixed_precision(self.device):
             losses = self.task.losses(batch)
         self.optimizer.zero_grad()
@@ -226,7 +224,23 @@ class Meter:
         self.first_bad = torch.tensor(math.inf, device=device)
         self.begun = self.clock = self.epoch_clock = self.saved = time.perf_counter()
         self.first_step = self.epoch_step = progress.step
-        self.waited = 0.0
+        self.waits = []
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Count the block as waiting for data."""
+        begun = self._now()
+        with torch.profiler.record_function("waiting for data"):
+            yield
+        self.waits.append((begun, self._now()))
+
+    def _now(self):
+        """Seconds; a card's own time, which the processor runs ahead of, as an event to be read later."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def add(self, losses):
         """Count the losses of a step on the device; look at them every READ_EVERY steps."""
@@ -271,9 +285,11 @@ class Meter:
         """Columns of log.csv since the last call, seconds of all: the only ones that equal runs differ in."""
         now = time.perf_counter()
         seconds, steps = now - self.epoch_clock, self.progress.step - self.epoch_step
+        on_card = self.device.type == "cuda"
+        waits = (a.elapsed_time(b) / 1000 if on_card else b - a for a, b in self.waits)
         row = {"seconds": self.progress.seconds, "samples_per_second": steps * self.batch_size / seconds}
-        row |= {"waiting_percent": 100 * self.waited / seconds, "memory_gb": peak_memory(self.device) / 1e9}
-        self.epoch_clock, self.epoch_step, self.waited = now, self.progress.step, 0.0
+        row |= {"waiting_percent": 100 * sum(waits) / seconds, "memory_gb": peak_memory(self.device) / 1e9}
+        self.epoch_clock, self.epoch_step, self.waits = now, self.progress.step, []
         return row
 
     def show(self, scores):

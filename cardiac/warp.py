@@ -36,7 +36,8 @@ def integrate(velocity, steps=7):
     inverse displacement is `integrate(-velocity)`.
     """
     with torch.autocast(velocity.device.type, enabled=False):
-        u = _normalised(velocity.float()) / 2**steps  # once, not at every step: sampling commutes with it
+        # once, not at every step: sampling commutes with it; as two planes, not as channels_last has it
+        u = _normalised(velocity.float().contiguous()) / 2**steps
         for _ in range(steps):
             u = u + _sample(u, u)
         return _in_pixels(u)
@@ -109,7 +110,8 @@ def _in_pixels(offset):
     return (offset / _pixels(*offset.shape[-2:], offset.device)[1]).flip(1)
 
 
-@functools.cache  # a step asks for them ten times; on a GPU each would be many launches, or a copy that waits
+# a step asks for them ten times; on a GPU each would be many launches, or a copy that waits
+@functools.lru_cache(16)
 def _pixels(height, width, device):
     """Normalised coordinates (1, 2, H, W), (along W, H), of a grid's pixels, and their step (1, 2, 1, 1)."""
     axes = [(2 * torch.arange(n, device=device, dtype=torch.float32) + 1) / n - 1 for n in (width, height)]
@@ -117,7 +119,7 @@ def _pixels(height, width, device):
     return torch.stack(torch.meshgrid(*axes, indexing="xy"))[None], step.view(1, 2, 1, 1)
 
 
-@functools.cache
+@functools.lru_cache(16)
 def _growth(h, w, height, width, device):
     """How many pixels of a grid (H, W) one of a grid (h, w) is, along both axes: (1, 2, 1, 1) float32."""
     return torch.tensor([height / h, width / w], dtype=torch.float32, device=device).view(1, 2, 1, 1)

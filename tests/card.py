@@ -8,6 +8,7 @@ more than 64 KB that are not pinned. Autocast is the CPU's.
 """
 
 import contextlib
+import time
 from unittest import mock
 
 import torch
@@ -156,6 +157,16 @@ def made_of_the_cpu():
         def __new__(cls, device="cpu"):
             return generator()
 
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = time.perf_counter()
+
+        def elapsed_time(self, later):
+            return 1000 * (later.at - self.at)
+
     class Autocast(torch.autocast):
         def __init__(self, device_type, *arguments, **options):
             super().__init__("cpu", *arguments, **options)
@@ -180,6 +191,7 @@ def made_of_the_cpu():
             (torch, "save", saved),
             (torch, "Generator", Generator),
             (torch, "autocast", Autocast),
+            (torch.cuda, "Event", Event),
             (torch.cuda, "mem_get_info", lambda device: (10**11, 10**11)),
             (torch.cuda, "is_bf16_supported", lambda including_emulation: True),
             (torch.cuda, "max_memory_allocated", lambda device: 10**9),

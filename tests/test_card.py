@@ -17,6 +17,7 @@ import train_segmentation
 from cardiac import training
 from cardiac.cache import open_cache
 from cardiac.checkpoint import load_network
+from cardiac.files import read_csv
 from cardiac.networks import RegistrationNetwork
 from cardiac.propagation import propagate_interval
 from cardiac.settings import RegistrationSettings, SegmentationSettings
@@ -95,6 +96,8 @@ def test_the_scripts_run_on_it(recipe, card, tiny_data, tmp_path, capsys):
         assert evaluate.main([*words, "--all-frames"]) == 0
         assert evaluate.main([*words[2:], "--predict", scan]) == 0
     assert capsys.readouterr().out.count("on cuda (made of the CPU)" if made else "on cuda (") == 8
+    for log in (tmp_path / "run").rglob("log.csv"):
+        assert all(0 < float(row["waiting_percent"]) < 100 for row in read_csv(log)), log
 
 
 @pytest.fixture(scope="module")
