@@ -48,7 +48,11 @@ def main(argv):
         config = read_json(settings.out / "segmentation" / model / "config.json")
         config["settings"] = vars(SegmentationSettings()) | config["settings"]  # of a run that knew fewer
         trained[model] = {"steps": progress.step, "best": progress.best, **config}
-    own = dataset_identity(cache.cases) in [run["dataset"] for run in trained.values()]
+    for name in ("dataset", "cases"):
+        if len({run[name] for run in trained.values() if run.get(name)}) > 1:
+            what = "the two networks were not trained on the same cases; train_segmentation.py --overwrite"
+            raise InputError(f"{settings.out / 'segmentation'}: {what} trains both anew")
+    own = dataset_identity(cache.cases) == config["dataset"]
     if own:  # scored on all labels, but shown as training knew them
         cache = withhold(cache, trained[list(models)[0]]["settings"])
     place = "evaluation" if own else f"evaluation/{safe_name(cache.name)}"
@@ -81,7 +85,9 @@ def main(argv):
 def score(models, cache, cases, settings, device, folder):
     """Predict and score the cases with every model: writes predictions/ and cases.csv below `folder`."""
     rows, earlier = [], [*folder.glob("*_largest.csv"), *folder.glob("overlays_*.png")]
-    for path in earlier + [path for path in folder.glob("predictions/*") if path.name not in models]:
+    earlier += [path for name in ("predictions", PARTS) for path in folder.glob(f"{name}/*")
+                if path.name not in models]
+    for path in earlier:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for model, (network, progress) in models.items():
         print(f"{model}, {progress.step} steps: {len(cases)} cases of {settings.split} on {describe(device)}")

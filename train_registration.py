@@ -92,7 +92,7 @@ def main(argv):
     training, validation, _ = cache.training_and_validation(settings.seed, settings.held_out)
     # for config.json
     settings.held_out = sorted(case.code for case in validation if case.split == "Training")
-    with in_first(run_folder(settings, "registration", cache.cases)) as folder:
+    with in_first(run_folder(settings, "registration", cache.cases, training + validation)) as folder:
         store = SliceStore(cache, training, device, "training")
         task = Registration(settings, store, SliceStore(cache, validation, device, "validation"))
         steps = f"{settings.total_steps} steps of {settings.batch_size} pairs"

@@ -11,6 +11,7 @@ from cardiac.augment import augment_slices
 from cardiac.building import PREPROCESSING
 from cardiac.cache import open_cache
 from cardiac.checkpoint import load_network, weights_digest
+from cardiac.evaluation import MODELS
 from cardiac.files import InputError, read_json
 from cardiac.parallel import from_first, in_first
 from cardiac.propagation import Propagated, load_registration, made_from
@@ -111,7 +112,7 @@ def begun(settings, propagated):
 
 @script
 def main(argv):
-    folders = {"original": "segmentation/original", "propagated": "segmentation/propagated"}
+    folders = {name: f"segmentation/{name}" for name in MODELS}
     settings = parse(SegmentationSettings, argv, __doc__, own=folders.values(), earlier=("registration",))
     device = choose_device(settings.device)
     propagated = read_propagated(settings)
@@ -124,9 +125,11 @@ def main(argv):
     # for config.json
     settings.held_out = sorted(case.code for case in validation if case.split == "Training")
     training = [case for case in training if case.labelled]
+    learned = cache.cases, training + validation
     digests = {"original": None, "propagated": propagated and propagated.digest()}
-    for name, place in folders.items():  # before the first of them is trained
-        from_first(check_run, settings, place, cache.cases, digests[name])
+    for name in MODELS:  # before the first of them is trained
+        beside = name not in folders
+        from_first(check_run, settings, f"segmentation/{name}", *learned, digests[name], beside)
     if propagated:
         check_cases(settings, cache.split("Training"))
     store = SliceStore(cache, training, device, "training")
@@ -135,8 +138,13 @@ def main(argv):
         for name in folders
     }
     validation = SliceStore(cache, validation + unseen, device, "validation")
+    if settings.overwrite:  # both, before the first is trained: interrupted then, the other is no old one
+        for name, place in folders.items():
+            with in_first(run_folder(settings, place, *learned, digests[name])):
+                pass
+        settings.overwrite = False
     for name, place in folders.items():
-        with in_first(run_folder(settings, place, cache.cases, digests[name])) as folder:
+        with in_first(run_folder(settings, place, *learned, digests[name])) as folder:
             expert, carried = slices[name].expert, len(slices[name]) - slices[name].expert
             print(f"{name}: {expert} expert slices + {carried} propagated, "
                   f"{settings.total_steps} steps of {settings.batch_size} on {describe(device)}")

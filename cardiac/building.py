@@ -19,7 +19,7 @@ from cardiac.parts import Parts
 from cardiac.preprocessing import to_slices
 from cardiac.workers import worker_pool
 
-SCHEMA = 5
+SCHEMA = 6
 PREPROCESSING = ("size", "spacing", "crop")  # settings that the slices depend on
 LONGEST_PROBLEM = 500  # characters that are kept of why a case was left out
 
@@ -111,8 +111,8 @@ def _lay_out(path, made_from, sources, wanted, rows, cases):
 
 def _preprocess(case, size, spacing, crop, file, images_at, labels_at):
     """Write one case's images (T * Z, S, S) float16 and labels (2 * Z, S, S) uint8, where it has any, into
-    `file` at these offsets. Returns the centre of its slices and the share cropped ("place"), and warnings;
-    or the problem that it has.
+    `file` at these offsets. Returns the centre of its slices, the share cropped and a digest of the labels
+    ("place"), and warnings; or the problem that it has.
     """
     try:
         image, labels, warnings = load_case(case)
@@ -121,11 +121,13 @@ def _preprocess(case, size, spacing, crop, file, images_at, labels_at):
     except InputError as error:
         return {"problem": str(error)}
     images, grid = to_slices(image, case.spacing, size, spacing, crop)
-    pieces, place = {images_at: images}, {"crop_centre": grid.centre, "cropped": 0.0}
+    pieces = {images_at: images}
+    place = {"crop_centre": grid.centre, "cropped": 0.0, "labels_digest": ""}
     if case.ed is not None:
         planes = np.concatenate([labels[frame].transpose(2, 0, 1) for frame in (case.ed, case.es)])
         foreground = planes > 0
         place["cropped"] = 1 - float((foreground & grid.inside()).sum() / foreground.sum())
         pieces[labels_at] = grid.labels_to_slices(planes)
+        place["labels_digest"] = digest(np.ascontiguousarray(pieces[labels_at]))
     write_in_place(file, pieces)
     return {"place": place, "warnings": warnings}

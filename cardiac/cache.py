@@ -4,9 +4,9 @@ Layout of the file, which is rebuilt whenever it does not fit what is asked for:
 
     images   (N, S, S) float16   every frame of every case, row = first + frame * slices + slice
     labels   (M, S, S) uint8     expert frames alone, row = first_label + k * slices + slice for k of (ED, ES)
-    cases, sources, skipped      JSON: of each case its code, first rows in both, the centre of its slices and
-                                 the share of labels cropped; relative path -> size, mtime; why cases were
-                                 left out
+    cases, sources, skipped      JSON: of each case its code, first rows in both, the centre of its slices,
+                                 the share of labels cropped and a digest of the labels; relative path ->
+                                 size, mtime; why cases were left out
     attributes: schema, size, spacing, crop; made_from: a digest of these and of where cases begin
 """
 
@@ -35,6 +35,7 @@ class CachedCase(Case):
     first: int  # row of frame 0, slice 0 in `images`
     first_label: int | None  # row of ED, slice 0 in `labels`; None without expert labels
     cropped: float  # share of labelled pixels that the crop loses
+    labels_digest: str = ""  # of its expert labels
     crop_centre: tuple | None = None  # (x, y) pixel of its own grid at its slices' centre; None: the image's
     withheld: tuple = ()  # frames whose expert labels are treated as unknown
 
@@ -61,7 +62,8 @@ class CachedCase(Case):
 
     def identity(self, times=True):
         """What tells when the case or its slices have changed, as JSON; times: as `Case.identity`."""
-        return {**super().identity(times), "crop": self.crop_centre, "withheld": self.withheld}
+        own = {"crop": self.crop_centre, "withheld": self.withheld, "labels": self.labels_digest}
+        return {**super().identity(times), **own}
 
     def rows(self, frame):
         """Rows of a frame's slices in `images`: (Z,)."""

@@ -14,6 +14,7 @@ from cardiac.networks import segment
 from cardiac.nifti import write_labels
 from cardiac.parts import UNKEPT
 from cardiac.preprocessing import most_likely
+from cardiac.settings import BUDGET, HERE, SegmentationSettings
 from cardiac.slices import SliceStore
 from cardiac.workers import worker_pool
 
@@ -168,6 +169,16 @@ class Results:
         return counts | {name: getattr(self, name) for name in tables}
 
     @property
+    def unlike(self):
+        """The settings of the training that the two models differ in, but for its length, in words."""
+        runs, found = [run["settings"] for run in self.trained.values()], []
+        for name in (item.name for item in dataclasses.fields(SegmentationSettings)):
+            values = [str(run.get(name)) for run in runs]
+            if name not in (*HERE, *BUDGET) and len(set(values)) > 1:
+                found.append(f"{name} ({', '.join(values)})")
+        return found
+
+    @property
     def labels(self):
         """The expert labels that were trained on, in words."""
         known = self.used["labelled_phases"]
@@ -202,6 +213,8 @@ class Results:
                 text += " Cases that validation used helped to choose the checkpoints."
         if len({run["steps"] for run in self.trained.values()}) > 1:
             text += " THE NETWORKS WERE NOT TRAINED FOR EQUALLY MANY STEPS."
+        if self.unlike:
+            text += f" BESIDES THEIR LABELS THE NETWORKS DIFFER IN {'; '.join(self.unlike)}."
         if self.own:
             vendors = ", ".join(sorted(self.seen))
             text += f" Trained on {self.labels}, of vendor {vendors}; * marks the others."

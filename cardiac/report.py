@@ -33,6 +33,7 @@ def save_figure(figure, path):
 
 def show_slice(axes, image, labels=None, title=None, **options):
     """Draw a slice (X, Y) as a viewer does, X to the right and Y down, with contours of its labels."""
+    axes.set(xticks=[], yticks=[])  # not seen, but laid out, in a third of the time of a figure
     axes.imshow(image.T, cmap=options.pop("cmap", "gray"), interpolation="nearest", **options)
     if labels is not None:
         draw_contours(axes, labels)

@@ -28,6 +28,7 @@ WAYS_OUT = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 # what CUDA says, in errors that are no OutOfMemoryError, of a full card and of one that torch cannot use
 FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 UNUSABLE = ("no kernel image is available", "busy or unavailable")
+EMPTIED = set()  # folders that --overwrite has emptied for the script that runs
 
 
 def script(main):
@@ -39,6 +40,7 @@ def script(main):
 
     def run(argv):
         arrived = []
+        EMPTIED.clear()
 
         def leave(number, frame):
             arrived.append(number)
@@ -60,7 +62,7 @@ def script(main):
             befell_one = not isinstance(error, (InputError, *WAYS_OUT.values()))
         if code > 2:
             message += "; the same command goes on from here"
-            if "--overwrite" in (sys.argv if argv is None else argv):
+            if EMPTIED:
                 message += ", without --overwrite"
         if parallel.RANK == 0 or befell_one:
             print(f"{os.path.basename(sys.argv[0])}: {shown(message)}", file=sys.stderr)
@@ -159,10 +161,10 @@ def describe(device):
 
 
 @contextlib.contextmanager
-def run_folder(settings, name, cases, labels=None):
+def run_folder(settings, name, cases, learned=None, labels=None):
     """The folder OUT/name, held by this process alone for the block, with the settings in its config.json.
 
-    cases, labels: as `check_run`. With --overwrite the folder is emptied first.
+    cases, learned, labels: as `check_run`. With --overwrite the folder is emptied first.
     """
     folder = settings.out / name
     busy = f"{folder}: another process is writing there; wait for it or choose another --out"
@@ -175,26 +177,34 @@ def run_folder(settings, name, cases, labels=None):
                     path.unlink()
                 elif not (path / "config.json").exists():  # that is another run's: evaluation/NAME
                     shutil.rmtree(path)
-        made_of = check_run(settings, name, cases, labels)
+            EMPTIED.add(folder)
+        made_of = check_run(settings, name, cases, learned, labels)
         write_json(folder / "config.json", {"settings": dataclasses.asdict(settings), **made_of})
         yield folder
         shutil.rmtree(folder / PARTS, ignore_errors=True)  # all that it is kept for is finished
 
 
-def check_run(settings, name, cases, labels=None):
-    """What tells the run in the folder OUT/name from others, for its config.json: {"dataset", "labels"}.
+def check_run(settings, name, cases, learned=None, labels=None, beside=False):
+    """What tells the run in the folder OUT/name from others, for its config.json: {"dataset", "cases",
+    "labels"}.
 
-    cases: of the dataset; labels: `Propagated.digest` of the labels that it learns from, None without.
-    Raises InputError where there is a run on others, unless --overwrite is to remove it.
+    cases: of the dataset; learned: those that are trained and validated on, with their labels, None where
+    there is no training; labels: `Propagated.digest` of the labels that it learns from, None without. Raises
+    InputError where there is a run on others, unless --overwrite is to remove it. beside: the run is one that
+    this call does not write to, but compares with: its propagated labels do not matter, --overwrite neither.
     """
     config = settings.out / name / "config.json"
-    made_of = {"dataset": dataset_identity(cases), "labels": labels}
-    stored = read_json(config) if config.exists() and not settings.overwrite else made_of
-    anew = {"dataset": "another dataset; use --overwrite",
+    learned = None if learned is None else cases_digest(learned, times=False)
+    made_of = {"dataset": dataset_identity(cases), "cases": learned}
+    made_of |= {} if beside else {"labels": labels}
+    stored = read_json(config) if config.exists() and (beside or not settings.overwrite) else made_of
+    anew = "use --labels both --overwrite" if beside else "use --overwrite"
+    ways = {"dataset": f"another dataset; {anew}",
+            "cases": f"cases of Training or Validation that have changed since; {anew}",
             "labels": "other propagated labels; use --labels propagated --overwrite"}
     for what, identity in made_of.items():
         if stored.get(what, identity) != identity:
-            raise InputError(f"{config.parent}: holds a run on {anew[what]} or choose another --out")
+            raise InputError(f"{config.parent}: holds a run on {ways[what]} or choose another --out")
     return made_of
 
 

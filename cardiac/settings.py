@@ -180,7 +180,8 @@ def parse(kind, argv, description, own=(), earlier=()):
     words, and a typed one that contradicts it is an InputError (unless --overwrite). One of them that this
     call does not write to gives its words, too, but typed ones may differ, unless they are SHARED or name the
     patients to validate on. earlier: folders of the scripts before it, which give what is SHARED, such as
-    size and spacing, in the same way.
+    size and spacing, in the same way; where results are REMADE by another recipe than that of the run in
+    `own`, what the recipes differ in is the new one's.
     """
     typed = vars(_command_line(kind, description, earlier).parse_args(argv))
     if "held_out" in typed:
@@ -190,7 +191,7 @@ def parse(kind, argv, description, own=(), earlier=()):
     labels = getattr(settings, "labels", "both")  # of the two U-Nets this call may train one
     written = [folder for folder in own if labels in ("both", Path(folder).name)]
     others = [folder for folder in own if folder not in written]
-    for folder in (*written, *earlier, *others):
+    for folder in (*written, *others, *earlier):
         if folder in written and settings.overwrite:
             continue
         stored = _stored(settings.out / folder)
@@ -203,7 +204,12 @@ def parse(kind, argv, description, own=(), earlier=()):
             stored = {name: value for name, value in stored.items() if name in same or name not in known}
         if "epochs" in typed:  # not to be overridden by a --max-steps of then
             stored.pop("max_steps", None)
+        recipe = settings.recipe
         _merge(settings, known, stored, settings.out / folder, folder in written)
+        if kind.REMADE and folder in earlier and settings.recipe != recipe:
+            for name in (name for name in kind.STRONG if known.get(name) and name not in SHARED):
+                del known[name]
+                setattr(settings, name, getattr(kind, name))
     if settings.recipe == "strong":
         for name, value in kind.STRONG.items():
             if name not in known:

@@ -215,6 +215,39 @@ def test_propagated_labels_of_other_cases_are_not_trained_on(run, refused, tmp_p
     assert run(train_segmentation) == 0
 
 
+def test_a_run_on_labels_that_were_mended_since_is_not_gone_on_with(run, refused, capsys):
+    put(run.image("sa_gt"), (slice(4), slice(4), 1, 0), 2)
+    assert run(propagate_labels) == 0, "made anew"
+    before = snapshot(run.out)
+    for module in (train_registration, train_segmentation):
+        refused(run(module, "--max-steps", 9), "that have changed since; use --overwrite or choose")
+    words = ["--labels", "propagated", "--overwrite"]
+    refused(run(train_segmentation, *words), "segmentation/original", "use --labels both --overwrite or")
+    assert differences(before, snapshot(run.out)) == []
+    assert run(train_segmentation, "--overwrite") == 0
+    assert run(train_segmentation, *words, "--lr", 0.01) == 0
+    assert run(evaluate) == 0
+    caption = (run.out / "evaluation" / "table.md").read_text()
+    assert "BESIDES THEIR LABELS THE NETWORKS DIFFER IN lr (0.001, 0.01)." in caption
+    config = run.out / "segmentation" / "propagated" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "cases": "others"}))
+    capsys.readouterr()
+    refused(run(evaluate), "segmentation", "not trained on the same cases")
+
+
+def test_what_overwrite_was_to_train_anew_is_not_found_finished_later(run, monkeypatch, capsys):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    old = (run.out / "segmentation" / "propagated" / "last.pt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(train_segmentation, "fit", interrupted)
+        assert run(train_segmentation, "--overwrite", "--lr", 0.01) == 130
+    assert "without --overwrite" in capsys.readouterr().err
+    assert run(train_segmentation) == 0, "with the --lr of before"
+    assert (run.out / "segmentation" / "propagated" / "last.pt").read_bytes() != old
+
+
 def test_a_validation_that_has_gone_does_not_change_what_is_trained_on(run, refused):
     before = snapshot(run.out)
     shutil.rmtree(run.data / "Validation")

@@ -19,6 +19,7 @@ from cardiac.cache import Cache, CachedCase, open_cache
 from cardiac.cases import load_case
 from cardiac.files import InputError
 from cardiac.preprocessing import to_slices
+from cardiac.run import cases_digest
 from cardiac.settings import Settings
 
 # ------------------------------------------------------------ building and rebuilding
@@ -38,6 +39,23 @@ def reason(capsys):
     """Why the cache was built, or None."""
     lines = [line for line in capsys.readouterr().out.splitlines() if "building" in line]
     return lines[0].rpartition("MnM.h5: ")[2] if lines else None
+
+
+def test_a_label_mended_in_a_file_of_the_same_size_is_another_case_and_a_copy_is_not(data, tmp_path):
+    folder = data / MMS_CASES[0].folder / "A0A0A0"
+    packed, plain = (folder / f"A0A0A0_sa_gt.nii{suffix}" for suffix in (".gz", ""))
+    labels, header = np.array(nib.load(packed).dataobj), nib.load(packed).header
+    mended = labels.copy()
+    mended[18:22, 18, 1, 0] = 3
+    packed.unlink()
+    found = []
+    for written in (labels, labels, mended):
+        nib.save(nib.Nifti1Image(written, None, header), plain)
+        cases = open_cache(asked(data, tmp_path)).cases
+        found.append((plain.stat().st_size, cases_digest(cases, times=False)))
+    assert found[0] == found[1]
+    assert found[1][0] == found[2][0]
+    assert found[1][1] != found[2][1]
 
 
 def test_every_frame_is_cached_and_labels_of_ed_and_es_alone(data, tmp_path):

@@ -171,6 +171,29 @@ def test_each_u_net_goes_on_with_its_own_words(tmp_path):
     assert later(EvaluationSettings, tmp_path, earlier=folders).seed == 1, "seeds may differ"
 
 
+def test_both_u_nets_have_one_seed_whatever_the_registration_has(tmp_path):
+    stored_run(tmp_path, "registration", RegistrationSettings, seed=1)
+    stored_run(tmp_path, "segmentation/original", SegmentationSettings, seed=2)
+    words = {"own": ["segmentation/original", "segmentation/propagated"], "earlier": ["registration"]}
+    assert later(SegmentationSettings, tmp_path, "--labels", "propagated", **words).seed == 2
+    with pytest.raises(InputError, match="--seed 1 contradicts --seed 2 of .*original"):
+        later(SegmentationSettings, tmp_path, "--labels", "propagated", "--seed", "1", **words)
+
+
+@pytest.mark.parametrize(("old", "new"), [("paper", "strong"), ("strong", "paper")])
+def test_labels_are_made_anew_by_the_recipe_of_a_registration_that_was(tmp_path, old, new):
+    words = {"own": ["propagation"], "earlier": ["registration"]}
+    stored_run(tmp_path, "registration", RegistrationSettings, recipe=old)
+    first = later(PropagationSettings, tmp_path, "--frames", "all", **words)
+    with run_folder(first, "propagation", []):
+        pass
+    stored_run(tmp_path, "registration", RegistrationSettings, recipe=new, overwrite=True)
+    found = later(PropagationSettings, tmp_path, **words)
+    fresh = PropagationSettings.STRONG if new == "strong" else vars(PropagationSettings())
+    assert (found.recipe, found.trust, found.refine) == (new, fresh["trust"], fresh["refine"])
+    assert found.frames == "all", "which no recipe changes"
+
+
 def test_a_run_that_leaves_bad_cases_out_goes_on_so_whatever_the_one_before_did(tmp_path):
     stored_run(tmp_path, "registration", RegistrationSettings)
     stored_run(tmp_path, "segmentation/original", SegmentationSettings, skip_bad=True)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+from types import SimpleNamespace
 
 import hypothesis
 import pytest
@@ -17,8 +18,8 @@ from cardiac import training
 from cardiac.checkpoint import Progress, load_network, read_checkpoint, write_checkpoint
 from cardiac.files import InputError
 from cardiac.networks import RegistrationNetwork, SegmentationNetwork
-from cardiac.run import Terminated, script
-from cardiac.settings import TrainingSettings
+from cardiac.run import Terminated, run_folder, script
+from cardiac.settings import Settings, TrainingSettings
 from cardiac.slices import step_generator
 from cardiac.training import fit
 
@@ -301,12 +302,22 @@ ENDS = (signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")
 @pytest.mark.parametrize(("number", "code", "word"), ENDS)
 @pytest.mark.parametrize("argv", [[], ["--overwrite"]])
 def test_a_script_that_is_interrupted_says_how_to_go_on(tmp_path, capsys, number, code, word, argv):
-    main = script(lambda argv: train(tmp_path, signalled(1, number)))
+    def train_in_a_run(argv):
+        words = Settings(out=tmp_path, overwrite="--overwrite" in argv)
+        with run_folder(words, "registration", [SimpleNamespace(code="A", split="Training")]) as folder:
+            train(folder, signalled(1, number))
+
+    main = script(train_in_a_run)
     assert main(argv) == code
     line = capsys.readouterr().err.splitlines()[-1]
     assert f"{word}; the same command goes on from here" in line
     assert ("without --overwrite" in line) == bool(argv), "with it the run would be removed"
-    assert read_checkpoint(tmp_path / "last.pt", CPU)["progress"]["step"] == 2
+    assert read_checkpoint(tmp_path / "registration" / "last.pt", CPU)["progress"]["step"] == 2
+
+
+def test_a_script_that_is_interrupted_before_it_removed_anything_needs_its_overwrite_still(capsys):
+    assert script(lambda argv: signal.raise_signal(signal.SIGINT))(["--overwrite"]) == 130
+    assert "without --overwrite" not in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------- steps, schedule, best, log
