@@ -106,7 +106,9 @@ def predict_scans(scans, model, network, progress, settings, device):
             write_json(folder / name / "summary.json", {"scan": name, **found, "made_from": made_from})
             tqdm.write(_line(name, found))
         rows = [read_json(path) for path in sorted(folder.glob("*/summary.json"))]
-        rows = [row | {"model": row["made_from"].get("model")} for row in rows if "made_from" in row]
+        how = ("model", "steps", "largest_component")  # a run that goes on may have segmented another scan
+        rows = [row for row in rows if "made_from" in row]
+        rows = [row | {name: row["made_from"].get(name) for name in how} for row in rows]
         if rows:
             write_csv(folder / "summary.csv", [name for name in rows[0] if name != "made_from"], rows)
         if len(skipped) == len(scans):

@@ -44,7 +44,7 @@ def reason(capsys):
 def test_a_label_mended_in_a_file_of_the_same_size_is_another_case_and_a_copy_is_not(data, tmp_path):
     folder = data / MMS_CASES[0].folder / "A0A0A0"
     packed, plain = (folder / f"A0A0A0_sa_gt.nii{suffix}" for suffix in (".gz", ""))
-    labels, header = np.array(nib.load(packed).dataobj), nib.load(packed).header
+    labels, header = np.asarray(nib.load(packed).dataobj), nib.load(packed).header
     mended = labels.copy()
     mended[18:22, 18, 1, 0] = 3
     packed.unlink()

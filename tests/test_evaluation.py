@@ -390,7 +390,9 @@ def test_predict_is_the_evaluation_without_labels(run):
         volumes = voxel * (np.asarray(found.dataobj) == 3).sum((0, 1, 2))
         assert [float(line["RV_ml"]) for line in rows] == pytest.approx(list(volumes), abs=1e-5)
         assert (folder / "volumes.png").stat().st_size > 5000
-    assert len(read_csv(run.out / "predictions" / "summary.csv")) == len(TESTING)
+    rows = read_csv(run.out / "predictions" / "summary.csv")
+    how = [tuple(row[name] for name in ("model", "steps", "largest_component")) for row in rows]
+    assert how == len(TESTING) * [("propagated", "4", "False")]
 
 
 class Bands(torch.nn.Module):
