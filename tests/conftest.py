@@ -11,6 +11,7 @@ from datasets import write_mms
 import propagate_labels
 import train_registration
 import train_segmentation
+from cardiac import report
 
 TINY = "--size 32 --spacing 2 --workers 1 --device cpu"
 SHORT = "--steps-per-epoch 2 --max-steps 4 --batch-size 4"
@@ -27,6 +28,12 @@ def pytest_configure(config):
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """For tests of numbers: figures are made but not drawn, which takes a quarter of a tiny run."""
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: path.write_bytes(b"not drawn"))
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from cardiac.settings import RegistrationSettings, SegmentationSettings
 from cardiac.slices import LabelledSlices, Pairs, SliceStore
 
 CUDA = torch.device("cuda")
+pytestmark = pytest.mark.usefixtures("no_pictures")
 CARDS = [  # a context manager, which gives the `Cards`, or None where the card is real
     pytest.param(made_of_the_cpu, id="made"),
     pytest.param(contextlib.nullcontext, id="real", marks=NEEDS_CARD),

@@ -34,6 +34,7 @@ from cardiac.warp import warp
 
 SHORT = ["--size=32", "--spacing=2", "--max-steps=2", "--steps-per-epoch=2", "--batch-size=2", "--workers=1"]
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("no_pictures")
 SIDE = 48
 
 

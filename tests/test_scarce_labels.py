@@ -19,6 +19,7 @@ from cardiac.files import read_csv
 from cardiac.propagation import Propagated
 from cardiac.settings import RegistrationSettings
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 SCRIPTS = (train_registration, propagate_labels, train_segmentation, evaluate)
 
 
