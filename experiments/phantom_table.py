@@ -22,7 +22,7 @@ from cardiac.evaluation import aligned
 from cardiac.networks import Mirrored, SegmentationNetwork
 from cardiac.phantom import true_labels
 from cardiac.propagation import Propagated
-from cardiac.run import choose_device
+from cardiac.run import cases_digest, choose_device
 from cardiac.settings import EvaluationSettings, PropagationSettings, parse
 
 RECIPES = ("paper", "strong")
@@ -53,7 +53,9 @@ def train_and_score(model, out, common, seed, words, cache, recipe):
     device, place = choose_device("auto"), out / f"seed{seed}" / model
     shutil.copytree(out / "registered" / "propagation", place / "propagation", dirs_exist_ok=True)
     if model == "oracle":
-        oracle_labels(cache).write(place / "propagation" / "labels.h5", "the phantom's truth")
+        cases = [case for case in cache.split("Training") if case.labelled]
+        made_from = f"the phantom's truth, {cases_digest(cases, times=False)}"
+        oracle_labels(cache).write(place / "propagation" / "labels.h5", made_from)
     kind = "original" if model == "original" else "propagated"
     grid = ["--size", words.size, "--spacing", words.spacing, "--channels", words.channels]
     typed = [str(word) for word in (*common, *grid, "--out", place, "--seed", seed)]

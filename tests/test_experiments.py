@@ -10,6 +10,7 @@ from datasets import write_acdc
 
 from cardiac.cases import load_case
 from cardiac.layouts import read_cases
+from cardiac.phantom import write_phantom
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
@@ -100,3 +101,21 @@ def test_the_folder_of_acdc_holds_what_the_download_has(tmp_path, monkeypatch):
         np.testing.assert_array_equal(np.stack([maps[0], maps[1]]), np.stack([labels[1], labels[3]]))
     with pytest.raises(SystemExit, match="no patient002"):
         acdc_folder.main(["--data", str(write_acdc(tmp_path / "less", training=1, testing=1))])
+
+
+def test_the_oracle_is_trained_on_the_true_label_of_every_frame(tmp_path, capsys, no_pictures):
+    import phantom_table
+
+    few = {"training": 2, "validation": 1, "testing": 1, "unlabelled": 0}
+    write_phantom(tmp_path / "phantom", **few, frames=6, slices=3, size=72)
+    common = ["--data", tmp_path / "phantom", "--cache", tmp_path / "cache", "--recipe", "strong"]
+    words = Namespace(size=32, spacing=4.0, channels=1, steps=2, registration_steps=2)
+    cache, scores = phantom_table.register_and_propagate(tmp_path / "registered", common, words)
+    assert {row["case"] for row in scores} == {case.code for case in cache.split("Training")}
+    capsys.readouterr()
+    for seed, model in ((1, "oracle"), (2, "original")):
+        rows = phantom_table.train_and_score(model, tmp_path, common, seed, words, cache, "strong")
+        assert [row["model"] for row in rows] == 6 * [model]
+    printed = capsys.readouterr().out
+    assert "propagated: 12 expert slices + 24 propagated" in printed, "of 2 patients, 4 frames, 3 slices"
+    assert "original: 12 expert slices + 0 propagated" in printed
