@@ -35,7 +35,7 @@ class CachedCase(Case):
     first: int  # row of frame 0, slice 0 in `images`
     first_label: int | None  # row of ED, slice 0 in `labels`; None without expert labels
     cropped: float  # share of labelled pixels that the crop loses
-    labels_digest: str = ""  # of its expert labels
+    labels_digest: str = ""  # of its expert labels on its own grid
     crop_centre: tuple | None = None  # (x, y) pixel of its own grid at its slices' centre; None: the image's
     withheld: tuple = ()  # frames whose expert labels are treated as unknown
 
