@@ -14,7 +14,7 @@ from cardiac.files import InputError, write_csv
 from cardiac.nifti import write_labels
 from cardiac.parts import PARTS, UNKEPT, Parts
 from cardiac.preprocessing import most_likely, one_hot
-from cardiac.run import cases_digest, choose_device, describe, run_folder, script
+from cardiac.run import cases_digest, choose_device, describe, learnt_digest, run_folder, script
 from cardiac.settings import PropagationSettings, parse
 from cardiac.slices import SliceStore
 
@@ -35,7 +35,7 @@ def main(argv):
     rules = f"registration of step {trained.step}, {weights_digest(network)}, {settings.frames}, "
     rules += f"{settings.recipe}, trust {trust.RULES if settings.trust else None}"
     rules += f", refined {settings.refine}" if settings.refine else ""
-    made_from = f"{rules}, {cases_digest(cases)}, {cases_digest(cases, times=False)}"
+    made_from = f"{rules}, {cases_digest(cases)}, {learnt_digest(cases)}"
     with run_folder(settings, "propagation", cache.cases) as folder:
         path = folder / "labels.h5"
         if propagation.made_from(path) == made_from:

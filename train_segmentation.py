@@ -15,7 +15,15 @@ from cardiac.evaluation import MODELS
 from cardiac.files import InputError, read_json
 from cardiac.parallel import from_first, in_first
 from cardiac.propagation import Propagated, load_registration, made_from
-from cardiac.run import cases_digest, check_run, choose_device, describe, run_folder, script
+from cardiac.run import (
+    check_run,
+    choose_device,
+    describe,
+    learnt_digest,
+    remove_runs,
+    run_folder,
+    script,
+)
 from cardiac.settings import SegmentationSettings, parse
 from cardiac.slices import LabelledSlices, SliceStore
 from cardiac.training import fit
@@ -98,8 +106,8 @@ def check_cases(settings, cases):
     """Raise InputError where the propagated labels were made from other cases than these, or other files."""
     path = settings.out / "propagation" / "labels.h5"
     labelled = [case for case in cases if case.labelled]
-    if cases_digest(labelled, times=False) not in (made_from(path) or ""):
-        what = "made from other cases of Training than there are now, or from files that have changed since"
+    if learnt_digest(labelled) not in (made_from(path) or ""):
+        what = "made from other cases of Training or other labels of them than there are now, or long ago"
         raise InputError(f"{path}: {what}; run propagate_labels.py before")
 
 
@@ -118,8 +126,9 @@ def main(argv):
     propagated = read_propagated(settings)
     if settings.labels != "both":
         folders = {settings.labels: folders[settings.labels]}
-    elif propagated is None:
-        folders.pop("propagated")
+    anew = list(folders.values()) if settings.overwrite else []
+    if propagated is None:
+        folders.pop("propagated", None)
     cache = from_first(open_cache, settings)
     training, validation, unseen = cache.training_and_validation(settings.seed, settings.held_out)
     # for config.json
@@ -128,8 +137,9 @@ def main(argv):
     learned = cache.cases, training + validation
     digests = {"original": None, "propagated": propagated and propagated.digest()}
     for name in MODELS:  # before the first of them is trained
-        beside = name not in folders
-        from_first(check_run, settings, f"segmentation/{name}", *learned, digests[name], beside)
+        place = f"segmentation/{name}"
+        if place not in anew:
+            from_first(check_run, settings, place, *learned, digests[name], name not in folders)
     if propagated:
         check_cases(settings, cache.split("Training"))
     store = SliceStore(cache, training, device, "training")
@@ -138,11 +148,8 @@ def main(argv):
         for name in folders
     }
     validation = SliceStore(cache, validation + unseen, device, "validation")
-    if settings.overwrite:  # both, before the first is trained: interrupted then, the other is no old one
-        for name, place in folders.items():
-            with in_first(run_folder(settings, place, *learned, digests[name])):
-                pass
-        settings.overwrite = False
+    from_first(remove_runs, settings, anew)
+    settings.overwrite = False
     for name, place in folders.items():
         with in_first(run_folder(settings, place, *learned, digests[name])) as folder:
             expert, carried = slices[name].expert, len(slices[name]) - slices[name].expert

@@ -111,7 +111,7 @@ def _lay_out(path, made_from, sources, wanted, rows, cases):
 
 def _preprocess(case, size, spacing, crop, file, images_at, labels_at):
     """Write one case's images (T * Z, S, S) float16 and labels (2 * Z, S, S) uint8, where it has any, into
-    `file` at these offsets. Returns the centre of its slices, the share cropped and a digest of the labels
+    `file` at these offsets. Returns the centre of its slices, the share cropped and digests of the labels
     ("place"), and warnings; or the problem that it has.
     """
     try:
@@ -122,12 +122,13 @@ def _preprocess(case, size, spacing, crop, file, images_at, labels_at):
         return {"problem": str(error)}
     images, grid = to_slices(image, case.spacing, size, spacing, crop)
     pieces = {images_at: images}
-    place = {"crop_centre": grid.centre, "cropped": 0.0, "labels_digest": ""}
+    place = {"crop_centre": grid.centre, "cropped": 0.0, "digests": ()}
     if case.ed is not None:
         planes = np.concatenate([labels[frame].transpose(2, 0, 1) for frame in (case.ed, case.es)])
         foreground = planes > 0
         place["cropped"] = 1 - float((foreground & grid.inside()).sum() / foreground.sum())
         pieces[labels_at] = grid.labels_to_slices(planes)
-        place["labels_digest"] = digest(np.ascontiguousarray(planes))  # the file's: alike on all processors
+        # of the file's labels: slices may differ by a rounding between processors
+        place["digests"] = [digest(np.ascontiguousarray(labels[frame])) for frame in (case.ed, case.es)]
     write_in_place(file, pieces)
     return {"place": place, "warnings": warnings}

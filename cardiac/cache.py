@@ -5,7 +5,7 @@ Layout of the file, which is rebuilt whenever it does not fit what is asked for:
     images   (N, S, S) float16   every frame of every case, row = first + frame * slices + slice
     labels   (M, S, S) uint8     expert frames alone, row = first_label + k * slices + slice for k of (ED, ES)
     cases, sources, skipped      JSON: of each case its code, first rows in both, the centre of its slices,
-                                 the share of labels cropped and a digest of the labels; relative path ->
+                                 the share of labels cropped and digests of the labels; relative path ->
                                  size, mtime; why cases were left out
     attributes: schema, size, spacing, crop; made_from: a digest of these and of where cases begin
 """
@@ -35,7 +35,7 @@ class CachedCase(Case):
     first: int  # row of frame 0, slice 0 in `images`
     first_label: int | None  # row of ED, slice 0 in `labels`; None without expert labels
     cropped: float  # share of labelled pixels that the crop loses
-    labels_digest: str = ""  # of its expert labels on its own grid
+    digests: tuple = ()  # of its expert labels of ED and of ES, on its own grid
     crop_centre: tuple | None = None  # (x, y) pixel of its own grid at its slices' centre; None: the image's
     withheld: tuple = ()  # frames whose expert labels are treated as unknown
 
@@ -60,10 +60,17 @@ class CachedCase(Case):
         """Number of frames."""
         return self.shape[3]
 
-    def identity(self, times=True):
-        """What tells when the case or its slices have changed, as JSON; times: as `Case.identity`."""
-        own = {"crop": self.crop_centre, "withheld": self.withheld, "labels": self.labels_digest}
-        return {**super().identity(times), **own}
+    def identity(self):
+        """What tells when the case or its slices have changed, as JSON."""
+        return {**super().identity(), "crop": self.crop_centre, "withheld": self.withheld}
+
+    def learnt(self):
+        """What tells when something that a network learns from this case has changed, as JSON: its image (by
+        its size), the labels that are known, what the table says of them. A copy of the files is the same.
+        """
+        labels = {t: self.digests[k] for k, t in enumerate((self.ed, self.es)) if t in self.expert}
+        table = self.split, self.code, self.vendor, self.ed, self.es
+        return [*table, os.stat(self.image).st_size, self.crop_centre, labels]
 
     def rows(self, frame):
         """Rows of a frame's slices in `images`: (Z,)."""

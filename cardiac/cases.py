@@ -47,13 +47,10 @@ class Case:
         """All source files as they lie below `root`."""
         return tuple(path.relative_to(self.root).as_posix() for path in (self.image, *self.labels))
 
-    def identity(self, times=True):
-        """What tells when the case has changed, as JSON: size and time of its files, what the table says.
-
-        times: without, a copy of the files is the same case.
-        """
+    def identity(self):
+        """What tells when the case has changed, as JSON: size and time of its files, what the table says."""
         status = {name: os.stat(self.root / name) for name in self.files}
-        sources = {name: [each.st_size, times and each.st_mtime_ns] for name, each in status.items()}
+        sources = {name: [each.st_size, each.st_mtime_ns] for name, each in status.items()}
         return {**sources, f"{self.split}/{self.code}": [self.vendor, self.centre, self.ed, self.es]}
 
 

@@ -15,7 +15,7 @@ from cardiac.metrics import largest_component, volume_ml
 from cardiac.nifti import read_header, read_image, spacing_of, write_labels
 from cardiac.preprocessing import most_likely, to_slices
 from cardiac.report import COLOURS, heart_box, save_figure, show_slice
-from cardiac.run import describe
+from cardiac.run import EMPTIED, describe
 
 VOLUMES = ("frame", "time_ms", *(f"{region}_ml" for region in REGIONS))
 SUFFIXES = (".nii.gz", ".nii")
@@ -95,6 +95,10 @@ def predict_scans(scans, model, network, progress, settings, device):
                 raise InputError(f"{summary.parent}: made from {done.get('file')}; --overwrite replaces it")
             else:
                 work.append((name, file, made_from))
+        if settings.overwrite:
+            for name, _, _ in work:  # all, before the first is made anew
+                (folder / name / "summary.json").unlink(missing_ok=True)
+            EMPTIED.add(folder)
         if work:
             print(f"{model}, {progress.step} steps, on {describe(device)}")
         for name, file, made_from in tqdm(work, "scans", unit="scan", disable=not work):

@@ -167,21 +167,43 @@ def run_folder(settings, name, cases, learned=None, labels=None):
     cases, learned, labels: as `check_run`. With --overwrite the folder is emptied first.
     """
     folder = settings.out / name
-    busy = f"{folder}: another process is writing there; wait for it or choose another --out"
-    with locked(settings.out / f".{name.replace('/', '-')}.lock", busy):
+    with _lock(settings, name):
         folder.mkdir(parents=True, exist_ok=True)
         if settings.overwrite:
-            # killed in here, what is left is a run that has not begun
-            for path in sorted(folder.iterdir(), key=lambda path: REMOVED.get(path.name, 0)):
-                if not path.is_dir():
-                    path.unlink()
-                elif not (path / "config.json").exists():  # that is another run's: evaluation/NAME
-                    shutil.rmtree(path)
-            EMPTIED.add(folder)
+            _empty(folder)
         made_of = check_run(settings, name, cases, learned, labels)
         write_json(folder / "config.json", {"settings": dataclasses.asdict(settings), **made_of})
         yield folder
         shutil.rmtree(folder / PARTS, ignore_errors=True)  # all that it is kept for is finished
+
+
+def _lock(settings, name):
+    folder = settings.out / name
+    busy = f"{folder}: another process is writing there; wait for it or choose another --out"
+    return locked(settings.out / f".{name.replace('/', '-')}.lock", busy)
+
+
+def _empty(folder):
+    """Remove a run; killed in here, what is left is one that has not begun."""
+    for path in sorted(folder.iterdir(), key=lambda path: REMOVED.get(path.name, 0)):
+        if not path.is_dir():
+            path.unlink()
+        elif not (path / "config.json").exists():  # that is another run's: evaluation/NAME
+            shutil.rmtree(path)
+    EMPTIED.add(folder)
+
+
+def remove_runs(settings, names):
+    """Remove all runs OUT/name that a call with --overwrite makes anew, before it makes the first.
+
+    Interrupted then, the second is not found finished, with what the first is no longer.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(_lock(settings, name))
+        for folder in (settings.out / name for name in names):
+            if folder.exists():
+                _empty(folder)
 
 
 def check_run(settings, name, cases, learned=None, labels=None, beside=False):
@@ -191,21 +213,21 @@ def check_run(settings, name, cases, learned=None, labels=None, beside=False):
     cases: of the dataset; learned: those that are trained and validated on, with their labels, None where
     there is no training; labels: `Propagated.digest` of the labels that it learns from, None without. Raises
     InputError where there is a run on others, unless --overwrite is to remove it. beside: the run is one that
-    this call does not write to, but compares with: its propagated labels do not matter, --overwrite neither.
+    this call compares with and does not write to: its propagated labels do not matter, nor does --overwrite.
     """
     config = settings.out / name / "config.json"
-    learned = None if learned is None else cases_digest(learned, times=False)
+    learned = None if learned is None else learnt_digest(learned)
     made_of = {"dataset": dataset_identity(cases), "cases": learned}
     made_of |= {} if beside else {"labels": labels}
     stored = read_json(config) if config.exists() and (beside or not settings.overwrite) else made_of
     anew = "use --labels both --overwrite" if beside else "use --overwrite"
     ways = {"dataset": f"another dataset; {anew}",
-            "cases": f"cases of Training or Validation that have changed since; {anew}",
+            "cases": f"cases of Training or Validation that have changed or come since; {anew}",
             "labels": "other propagated labels; use --labels propagated --overwrite"}
     for what, identity in made_of.items():
         if stored.get(what, identity) != identity:
             raise InputError(f"{config.parent}: holds a run on {ways[what]} or choose another --out")
-    return made_of
+    return {what: identity for what, identity in made_of.items() if what in stored}  # an older run knew fewer
 
 
 def dataset_identity(cases):
@@ -217,8 +239,11 @@ def dataset_identity(cases):
     return digest("\n".join(sorted(case.code for case in training or cases)))
 
 
-def cases_digest(cases, times=True):
-    """A digest of the cases that a result was made from: codes, what the table says, files; times: as
-    `Case.identity`.
-    """
-    return digest(json.dumps([case.identity(times) for case in cases]))
+def cases_digest(cases):
+    """A digest of the cases that a result was made from: codes, what the table says, files."""
+    return digest(json.dumps([case.identity() for case in cases]))
+
+
+def learnt_digest(cases):
+    """A digest of what is learnt from these cases, `CachedCase.learnt`."""
+    return digest(json.dumps([case.learnt() for case in cases]))

@@ -200,6 +200,7 @@ def parse(kind, argv, description, own=(), earlier=()):
         elif stored and not kind.REMADE:  # a setting that there was not then is off, whatever the recipe
             stored = {**vars(kind()), **stored}
         if folder in others:  # what is typed may differ there
+            stored.pop("skip_bad", None)  # that of the registration counts
             same = SHARED if stored.get("held_out") is None else (*SHARED, "held_out")
             stored = {name: value for name, value in stored.items() if name in same or name not in known}
         if "epochs" in typed:  # not to be overridden by a --max-steps of then

@@ -131,9 +131,8 @@ class PairBatch:
 class Pairs:
     """Pairs of frames of one slice: ED with any other frame, either way round.
 
-    Where the expert labels of ED and ES are both known, at least `labelled_share` of the pairs are these two
-    (the others may be, too). Cases
-    without any label take part with two frames at random.
+    Where the expert labels of ED and ES are both known, `labelled_share` of the pairs are these two, and of
+    the others as many as chance has it. Cases without any label take part with two frames at random.
     """
 
     def __init__(self, store, labelled_share):

@@ -220,9 +220,9 @@ def test_a_run_on_labels_that_were_mended_since_is_not_gone_on_with(run, refused
     assert run(propagate_labels) == 0, "made anew"
     before = snapshot(run.out)
     for module in (train_registration, train_segmentation):
-        refused(run(module, "--max-steps", 9), "that have changed since; use --overwrite or choose")
+        refused(run(module, "--max-steps", 9), "changed or come since; use --overwrite or choose")
     words = ["--labels", "propagated", "--overwrite"]
-    refused(run(train_segmentation, *words), "segmentation/original", "use --labels both --overwrite or")
+    refused(run(train_segmentation, *words), "segmentation/original", "use --labels both --overwrite")
     assert differences(before, snapshot(run.out)) == []
     assert run(train_segmentation, "--overwrite") == 0
     assert run(train_segmentation, *words, "--lr", 0.01) == 0
@@ -233,6 +233,18 @@ def test_a_run_on_labels_that_were_mended_since_is_not_gone_on_with(run, refused
     config.write_text(json.dumps({**json.loads(config.read_text()), "cases": "others"}))
     capsys.readouterr()
     refused(run(evaluate), "segmentation", "not trained on the same cases")
+
+
+def test_a_second_model_of_another_dataset_goes_where_both_are_made_anew(run, tmp_path, refused, capsys):
+    cases = [Tiny("X0", es=1), Tiny("X1", "Validation", es=1), Tiny("X2", "Testing", es=1)]
+    run.data = write_mms(tmp_path / "two", cases, shape=(40, 36, 3, 2))
+    for module in (train_registration, propagate_labels):
+        assert run(module, "--overwrite") == 0
+    capsys.readouterr()
+    refused(run(train_segmentation, "--labels", "original", "--overwrite"), "use --labels both --overwrite")
+    assert run(train_segmentation, "--overwrite") == 0, "nothing lies between two frames: original alone"
+    assert not (run.out / "segmentation" / "propagated" / "best.pt").exists()
+    assert run(evaluate) == 0
 
 
 def test_what_overwrite_was_to_train_anew_is_not_found_finished_later(run, monkeypatch, capsys):

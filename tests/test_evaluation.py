@@ -489,6 +489,24 @@ def test_predict_goes_on_with_the_scan_at_which_it_was_killed(run, monkeypatch):
     assert str(run.data) not in text
 
 
+def test_predict_anew_goes_on_without_overwrite(run, monkeypatch, capsys):
+    words = ("--predict", run.data / "Testing")
+    assert run(*words, data=None) == 0
+    original, done = predict.predict_scan, []
+
+    def interrupted(folder, *arguments):
+        done.append(folder.name)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return original(folder, *arguments)
+
+    monkeypatch.setattr(predict, "predict_scan", interrupted)
+    assert run(*words, "--overwrite", data=None) == 130
+    assert "without --overwrite" in capsys.readouterr().err
+    assert run(*words, data=None) == 0
+    assert done == ["E1A1A1_sa", "E2D2D2_sa", "E2D2D2_sa"]
+
+
 def test_predict_three_dimensions_and_twice(run, tmp_path, capsys):
     image, _ = heart((45, 37, 3, 2), 0, 1)
     write_nifti(tmp_path / "in" / "still.nii.gz", image[..., 0])
