@@ -129,6 +129,6 @@ def _preprocess(case, size, spacing, crop, file, images_at, labels_at):
         place["cropped"] = 1 - float((foreground & grid.inside()).sum() / foreground.sum())
         pieces[labels_at] = grid.labels_to_slices(planes)
         # of the file's labels: slices may differ by a rounding between processors
-        place["digests"] = [digest(np.ascontiguousarray(labels[frame])) for frame in (case.ed, case.es)]
+        place["digests"] = [digest(np.ascontiguousarray(labels[frame].T)) for frame in (case.ed, case.es)]
     write_in_place(file, pieces)
     return {"place": place, "warnings": warnings}
