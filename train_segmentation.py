@@ -107,7 +107,7 @@ def check_cases(settings, cases):
     path = settings.out / "propagation" / "labels.h5"
     labelled = [case for case in cases if case.labelled]
     if learnt_digest(labelled) not in (made_from(path) or ""):
-        what = "made from other cases of Training or other labels of them than there are now, or long ago"
+        what = "made from other cases of Training or labels than there are now, or by an earlier version"
         raise InputError(f"{path}: {what}; run propagate_labels.py before")
 
 

@@ -470,20 +470,26 @@ def test_ed_and_es_are_the_largest_and_the_smallest_lv(evaluated, tmp_path, monk
     assert again == {**found, **without}, "an RV that was not found at ES"
 
 
-def test_predict_goes_on_with_the_scan_at_which_it_was_killed(run, monkeypatch):
-    done, predict_scan = [], predict.predict_scan
+def stopped_at_the_second_scan(monkeypatch, error):
+    """Lets the second scan that is begun raise `error`; the list of those that are."""
+    begun, predict_scan = [], predict.predict_scan
 
-    def killed(folder, *arguments):
-        done.append(folder.name)
-        if len(done) == 2:
-            raise ZeroDivisionError
+    def stopped(folder, *arguments):
+        begun.append(folder.name)
+        if len(begun) == 2:
+            raise error
         return predict_scan(folder, *arguments)
 
-    monkeypatch.setattr(predict, "predict_scan", killed)
+    monkeypatch.setattr(predict, "predict_scan", stopped)
+    return begun
+
+
+def test_predict_goes_on_with_the_scan_at_which_it_was_killed(run, monkeypatch):
+    begun = stopped_at_the_second_scan(monkeypatch, ZeroDivisionError)
     with pytest.raises(ZeroDivisionError):
         run("--predict", run.data / "Testing", data=None)
     assert run("--predict", run.data / "Testing", data=None) == 0
-    assert done == ["E1A1A1_sa", "E2D2D2_sa", "E2D2D2_sa"]
+    assert begun == ["E1A1A1_sa", "E2D2D2_sa", "E2D2D2_sa"]
     text = (run.out / "predictions" / "summary.csv").read_text()
     assert len(text.splitlines()) == 1 + len(TESTING)
     assert str(run.data) not in text
@@ -492,19 +498,11 @@ def test_predict_goes_on_with_the_scan_at_which_it_was_killed(run, monkeypatch):
 def test_predict_anew_goes_on_without_overwrite(run, monkeypatch, capsys):
     words = ("--predict", run.data / "Testing")
     assert run(*words, data=None) == 0
-    original, done = predict.predict_scan, []
-
-    def interrupted(folder, *arguments):
-        done.append(folder.name)
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        return original(folder, *arguments)
-
-    monkeypatch.setattr(predict, "predict_scan", interrupted)
+    begun = stopped_at_the_second_scan(monkeypatch, KeyboardInterrupt)
     assert run(*words, "--overwrite", data=None) == 130
     assert "without --overwrite" in capsys.readouterr().err
     assert run(*words, data=None) == 0
-    assert done == ["E1A1A1_sa", "E2D2D2_sa", "E2D2D2_sa"]
+    assert begun == ["E1A1A1_sa", "E2D2D2_sa", "E2D2D2_sa"]
 
 
 def test_predict_three_dimensions_and_twice(run, tmp_path, capsys):
