@@ -35,6 +35,7 @@ from cardiac.propagation import Propagated
 from cardiac.run import script
 from cardiac.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 SCRIPTS = {  # what each of them writes, its further words
     train_registration: ("registration", [*SHORT.split(), "--size", "32", "--spacing", "2"]),
     propagate_labels: ("propagation", []),
