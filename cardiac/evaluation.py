@@ -173,8 +173,9 @@ class Results:
         """The settings of the training that the two models differ in, but for its length, in words."""
         runs, found = [run["settings"] for run in self.trained.values()], []
         for name in (item.name for item in dataclasses.fields(SegmentationSettings)):
-            values = [str(run.get(name) or None if name == "held_out" else run.get(name)) for run in runs]
-            if name not in (*HERE, *BUDGET) and len(set(values)) > 1:
+            values = [str(run.get(name)) for run in runs]
+            # other patients held out are other cases, which are refused
+            if name not in (*HERE, *BUDGET, "held_out") and len(set(values)) > 1:
                 found.append(f"{name} ({', '.join(values)})")
         return found
 

@@ -10,12 +10,12 @@ from tqdm import tqdm
 from cardiac import LABELS, REGIONS
 from cardiac.checkpoint import weights_digest
 from cardiac.evaluation import heart_function, regions_on_own_grid
-from cardiac.files import InputError, locked, read_json, shown, write_csv, write_json
+from cardiac.files import InputError, read_json, shown, write_csv, write_json
 from cardiac.metrics import largest_component, volume_ml
 from cardiac.nifti import read_header, read_image, spacing_of, write_labels
 from cardiac.preprocessing import most_likely, to_slices
 from cardiac.report import COLOURS, heart_box, save_figure, show_slice
-from cardiac.run import EMPTIED, describe
+from cardiac.run import EMPTIED, describe, run_lock
 
 VOLUMES = ("frame", "time_ms", *(f"{region}_ml" for region in REGIONS))
 SUFFIXES = (".nii.gz", ".nii")
@@ -65,9 +65,10 @@ def predict_scans(scans, model, network, progress, settings, device):
     error comes where no other is left.
     """
     folder = settings.out / "predictions"
-    busy = f"{folder}: another process is writing there; wait for it or choose another --out"
-    with locked(settings.out / ".predictions.lock", busy):
-        work, skipped, weights = [], [], weights_digest(network)
+    with run_lock(settings, "predictions"):
+        skipped = []
+        made_by = {"model": model, "steps": progress.step, "weights": weights_digest(network)}
+        made_by |= {name: getattr(settings, name) for name in ("largest_component", "mirrored")}
 
         def skip(error):
             if not settings.skip_bad:
@@ -76,29 +77,7 @@ def predict_scans(scans, model, network, progress, settings, device):
             skipped.append(error)
             tqdm.write(f"skipped: {error}")
 
-        for name, file in scans.items():
-            try:
-                spacing_of(read_header(file, (3, 4)), file)
-            except InputError as error:
-                skip(error)
-                continue
-            status = file.stat()
-            made_from = {"file": str(file.resolve()), "bytes": status.st_size, "modified": status.st_mtime_ns}
-            made_from |= {"model": model, "steps": progress.step, "weights": weights}
-            made_from |= {name: getattr(settings, name) for name in ("largest_component", "mirrored")}
-            summary = folder / name / "summary.json"
-            known = summary.exists() and not settings.overwrite
-            done = read_json(summary).get("made_from") if known else None
-            if done == made_from:
-                print(f"{summary.parent}: finished; --overwrite starts anew")
-            elif done and done.get("file") != made_from["file"]:
-                raise InputError(f"{summary.parent}: made from {done.get('file')}; --overwrite replaces it")
-            else:
-                work.append((name, file, made_from))
-        if settings.overwrite:
-            for name, _, _ in work:  # all, before the first is made anew
-                (folder / name / "summary.json").unlink(missing_ok=True)
-            EMPTIED.add(folder)
+        work = _unfinished(scans, folder, made_by, settings.overwrite, skip)
         if work:
             print(f"{model}, {progress.step} steps, on {describe(device)}")
         for name, file, made_from in tqdm(work, "scans", unit="scan", disable=not work):
@@ -109,15 +88,58 @@ def predict_scans(scans, model, network, progress, settings, device):
                 continue
             write_json(folder / name / "summary.json", {"scan": name, **found, "made_from": made_from})
             tqdm.write(_line(name, found))
-        rows = [read_json(path) for path in sorted(folder.glob("*/summary.json"))]
-        how = ("model", "steps", "largest_component")  # a run that goes on may have segmented another scan
-        rows = [row for row in rows if "made_from" in row]
-        rows = [row | {name: row["made_from"].get(name) for name in how} for row in rows]
-        if rows:
-            write_csv(folder / "summary.csv", [name for name in rows[0] if name != "made_from"], rows)
+        _write_table(folder)
         if len(skipped) == len(scans):
             raise InputError(f"none of the scans can be read: {skipped[0]}")
     print(f"to look at: {folder}/*/volumes.png; all scans: {folder / 'summary.csv'}")
+
+
+def _unfinished(scans, folder, made_by, overwrite, skip):
+    """The scans that are to be segmented, [(name, file, made_from)]; a header's fault goes to `skip`."""
+    work = []
+    for name, file in scans.items():
+        try:
+            spacing_of(read_header(file, (3, 4)), file)
+        except InputError as error:
+            skip(error)
+            continue
+        status, summary = file.stat(), folder / name / "summary.json"
+        made_from = {"file": str(file.resolve()), "bytes": status.st_size, "modified": status.st_mtime_ns}
+        made_from |= made_by
+        known = summary.exists() and not overwrite
+        done = read_json(summary).get("made_from") if known else None
+        if done == made_from:
+            print(f"{summary.parent}: finished; --overwrite starts anew")
+        elif done and done.get("file") != made_from["file"]:
+            raise InputError(f"{summary.parent}: made from {done.get('file')}; --overwrite replaces it")
+        else:
+            work.append((name, file, made_from))
+    if overwrite:
+        for name, _, made_from in work:  # all, before the first is made anew
+            _make_stale(folder / name / "summary.json", made_from["file"])
+        EMPTIED.add(folder)
+    return work
+
+
+def _make_stale(summary, file):
+    """Let a finished scan, now of `file`, be made anew without --overwrite too, its results kept."""
+    try:
+        found = read_json(summary) if summary.exists() else {}
+    except InputError:  # a damaged one tells nothing
+        summary.unlink()
+        return
+    if "made_from" in found:
+        write_json(summary, found | {"made_from": found["made_from"] | {"file": file, "modified": None}})
+
+
+def _write_table(folder):
+    """summary.csv from all scans' summary.json: what was found, and by what, which may differ by scan."""
+    rows = [read_json(path) for path in sorted(folder.glob("*/summary.json"))]
+    rows = [row for row in rows if "made_from" in row]
+    how = ("model", "steps", "largest_component")
+    rows = [row | {name: row["made_from"].get(name) for name in how} for row in rows]
+    if rows:
+        write_csv(folder / "summary.csv", [name for name in rows[0] if name != "made_from"], rows)
 
 
 def predict_scan(folder, file, network, settings, device):

@@ -167,7 +167,7 @@ def run_folder(settings, name, cases, learned=None, labels=None):
     cases, learned, labels: as `check_run`. With --overwrite the folder is emptied first.
     """
     folder = settings.out / name
-    with _lock(settings, name):
+    with run_lock(settings, name):
         folder.mkdir(parents=True, exist_ok=True)
         if settings.overwrite:
             _empty(folder)
@@ -177,7 +177,8 @@ def run_folder(settings, name, cases, learned=None, labels=None):
         shutil.rmtree(folder / PARTS, ignore_errors=True)  # all that it is kept for is finished
 
 
-def _lock(settings, name):
+def run_lock(settings, name):
+    """Hold the folder OUT/name for this process alone; InputError where another one does."""
     folder = settings.out / name
     busy = f"{folder}: another process is writing there; wait for it or choose another --out"
     return locked(settings.out / f".{name.replace('/', '-')}.lock", busy)
@@ -200,7 +201,7 @@ def remove_runs(settings, names):
     """
     with contextlib.ExitStack() as stack:
         for name in names:
-            stack.enter_context(_lock(settings, name))
+            stack.enter_context(run_lock(settings, name))
         for folder in (settings.out / name for name in names):
             if folder.exists():
                 _empty(folder)

@@ -498,11 +498,19 @@ def test_predict_goes_on_with_the_scan_at_which_it_was_killed(run, monkeypatch):
 def test_predict_anew_goes_on_without_overwrite(run, monkeypatch, capsys):
     words = ("--predict", run.data / "Testing")
     assert run(*words, data=None) == 0
+    summary = run.out / "predictions" / "E2D2D2_sa" / "summary.json"
+    before = json.loads(summary.read_text())
     begun = stopped_at_the_second_scan(monkeypatch, KeyboardInterrupt)
     assert run(*words, "--overwrite", data=None) == 130
     assert "without --overwrite" in capsys.readouterr().err
+    left = json.loads(summary.read_text())
+    assert left["made_from"].pop("modified") is None
+    before["made_from"].pop("modified")
+    assert left == before, "what there was stays until it is replaced"
     assert run(*words, data=None) == 0
     assert begun == ["E1A1A1_sa", "E2D2D2_sa", "E2D2D2_sa"]
+    summary.write_text("{")
+    assert run(*words, "--overwrite", data=None) == 0, "a damaged one, too"
 
 
 def test_predict_three_dimensions_and_twice(run, tmp_path, capsys):
