@@ -6,7 +6,7 @@ how many. Definitions follow Taha & Hanbury, BMC Med. Imaging, 2015.
 """
 
 import numpy as np
-from scipy import ndimage, stats
+from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from cardiac import LABELS
@@ -159,6 +159,8 @@ def paired_comparison(first, second):
     Wilcoxon signed-rank test; 1 if no patient differs) and n, the patients with a number in both;
     the others are NaN where n is 0.
     """
+    from scipy.stats import wilcoxon  # every script would wait for it, some half a second
+
     patients = sorted(first.keys() & second.keys())  # the bootstrap draws by position: a fixed order
     differences = np.array([second[patient] - first[patient] for patient in patients], float)
     differences = differences[~np.isnan(differences)]
@@ -166,7 +168,7 @@ def paired_comparison(first, second):
     low, high = bootstrap_interval(differences)
     if n:
         mean = float(differences.mean())
-        p = float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0  # scipy wants ranks
+        p = float(wilcoxon(differences).pvalue) if differences.any() else 1.0  # scipy wants ranks
     return {"mean_difference": mean, "low": low, "high": high, "p": p, "n": n}
 
 

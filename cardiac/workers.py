@@ -9,7 +9,7 @@ import threading
 from concurrent.futures import ProcessPoolExecutor
 
 # libraries in use here that take long to import
-SLOW = ("torch", "h5py", "nibabel", "scipy.ndimage", "scipy.sparse", "scipy.stats", "matplotlib.figure")
+SLOW = ("torch", "h5py", "nibabel", "scipy.ndimage", "scipy.sparse", "matplotlib.figure")
 
 
 @contextlib.contextmanager

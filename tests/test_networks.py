@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from cardiac import networks
@@ -54,6 +55,30 @@ def test_registration_has_the_feature_widths_of_voxelmorph_and_stops_at_half_res
     assert {c.kernel_size for c in convolutions(network)} == {(3, 3)}
     assert {m.negative_slope for m in network.modules() if isinstance(m, nn.LeakyReLU)} == {0.2}
     assert sum(p.numel() for p in network.parameters()) == parameters
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_registration_is_voxelmorphs_diagram(guided):
+    """Values and gradients: a level is a convolution and an activation, nearest up, the skip beside it."""
+    torch.manual_seed(0)
+    network = RegistrationNetwork(guided).double()
+    nn.init.normal_(network.velocity.weight)
+    nn.init.normal_(network.velocity.bias)
+    moving, fixed, regions = (each.double() for each in pair(32, 48))
+
+    found = network(moving, fixed, regions)
+    x, skips = torch.cat([moving, fixed, regions] if guided else [moving, fixed], 1), []
+    for level in network.encoder:
+        skips.append(level(x))
+        x = F.max_pool2d(skips[-1], 2)
+    for level in network.decoder[:-1]:
+        x = torch.cat([F.interpolate(level(x), scale_factor=2, mode="nearest"), skips.pop()], 1)
+    expected = network.velocity(network.last(network.decoder[-1](x)))
+    weight = torch.randn(found.shape, dtype=float)
+    parts = list(network.parameters())
+    both = [torch.autograd.grad((each * weight).sum(), parts) for each in (found, expected)]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*both, rtol=1e-4, atol=1e-4)
 
 
 def test_segmentation_has_the_channels_of_the_paper():
