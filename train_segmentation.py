@@ -1,7 +1,7 @@
 """Step 3: train the paper's 2-D U-Net on the expert labels alone (`original`) and with the propagated ones.
 
 Both take the same number of steps, so that what differs is the labels. The best checkpoint and the schedule
-look at Validation cases of vendors with training labels alone: the others stay unseen.
+look at Validation cases of vendors with training labels alone: those of others decide nothing.
 """
 
 import torch

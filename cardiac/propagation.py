@@ -214,7 +214,7 @@ class Result:
     confidence: np.ndarray  # (F, Z), NaN in slices without a source: unlabelled, not background
     folding: np.ndarray  # (F, Z) percent
     source: list  # (F, Z) of "ED", "ES", "ED+ES", ""
-    fault: list  # (F, Z) of why a slice is not kept, "" where it is
+    fault: list  # (F, Z) of why a slice with a source is not kept, else ""
 
 
 def propagate_interval(network, store, start, end, frames, trusted, steps=0):
@@ -269,8 +269,8 @@ QUALITY = ("case", "vendor", "split", "region", "dice_before", "dice_after", "hd
 def score_registration(network, cache, cases, settings, device, parts=UNKEPT):
     """ED's label carried to ES against the expert's, in 3-D on each case's own grid: rows of quality.csv.
 
-    "before" is the identity. Folding (det J <= 0) and the spread of log det J count within 10 mm of both
-    labels. parts: where the scores of finished cases are kept.
+    "before" is the identity. Folding (det J <= 0) and the spread of log det J count within 10 mm of either
+    label. parts: where the scores of finished cases are kept.
     """
     rows = []
     with worker_pool(settings.workers, len(cases)) as run:

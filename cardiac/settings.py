@@ -41,7 +41,7 @@ class Settings:
     crop: str = setting("centre", "slices are cut about the centre of the image, or about what moves",
                         choices=("centre", "motion"))
     seed: int = setting(0, "random seed; what step n draws depends on (seed, n) alone")
-    recipe: str = setting("paper", "paper: as published; strong: with the defaults marked so here",
+    recipe: str = setting("paper", "paper: the paper's method; strong: with the defaults marked so here",
                           choices=("paper", "strong"))
     workers: int = setting(0, "processes that read, unpack and score scans (0: one a core)")
     skip_bad: bool = setting(False, "leave out cases that cannot be read, instead of stopping")

@@ -10,7 +10,7 @@ so the labels of ED reach frame t with moving = ED and fixed = t. A velocity is 
 layout and is never used for warping; `integrate` makes a displacement of it. Pixel i of N lies at (2 i + 1) /
 N - 1 (`align_corners=False`), for every resize and every `grid_sample`; `_normalised` is the one place where
 pixels become normalised coordinates. All of it runs in float32 outside autocast: a bfloat16 coordinate
-is off by up to a third of a pixel at 192 pixels.
+is off by up to a fifth of a pixel at 192 pixels.
 """
 
 import functools
@@ -83,7 +83,8 @@ def remove_folds(velocity, size, passes=20):
 def jacobian_determinant(displacement):
     """det(I + grad u) of a displacement (B, 2, H, W), by central differences: (B, H, W).
 
-    1 keeps the area, less shrinks, 0 or less folds. It does not depend on the unit of either axis.
+    By how much a pixel of the fixed grid grows on its way into the moving image: where it is more than 1,
+    what is carried shrinks; 0 or less folds. It does not depend on the unit of either axis.
     """
     du_dh, du_dw = torch.gradient(displacement.float(), dim=(-2, -1))
     return (1 + du_dh[:, 0]) * (1 + du_dw[:, 1]) - du_dw[:, 0] * du_dh[:, 1]
