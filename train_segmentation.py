@@ -120,15 +120,14 @@ def begun(settings, propagated):
 
 @script
 def main(argv):
-    folders = {name: f"segmentation/{name}" for name in MODELS}
-    settings = parse(SegmentationSettings, argv, __doc__, own=folders.values(), earlier=("registration",))
+    places = {name: f"segmentation/{name}" for name in MODELS}
+    settings = parse(SegmentationSettings, argv, __doc__, own=places.values(), earlier=("registration",))
     device = choose_device(settings.device)
     propagated = read_propagated(settings)
-    if settings.labels != "both":
-        folders = {settings.labels: folders[settings.labels]}
-    anew = list(folders.values()) if settings.overwrite else []
+    names = MODELS if settings.labels == "both" else (settings.labels,)
+    anew = [places[name] for name in names] if settings.overwrite else []
     if propagated is None:
-        folders.pop("propagated", None)
+        names = ("original",)
     cache = from_first(open_cache, settings)
     training, validation, unseen = cache.training_and_validation(settings.seed, settings.held_out)
     # for config.json
@@ -136,22 +135,21 @@ def main(argv):
     training = [case for case in training if case.labelled]
     learned = cache.cases, training + validation
     digests = {"original": None, "propagated": propagated and propagated.digest()}
-    for name in MODELS:  # before the first of them is trained
-        place = f"segmentation/{name}"
+    for name, place in places.items():  # before the first of them is trained
         if place not in anew:
-            from_first(check_run, settings, place, *learned, digests[name], name not in folders)
+            from_first(check_run, settings, place, *learned, digests[name], name not in names)
     if propagated:
         check_cases(settings, cache.split("Training"))
     store = SliceStore(cache, training, device, "training")
     slices = {  # before the validation is placed, which takes what they leave of a card
         name: LabelledSlices(store, propagated if name == "propagated" else None, settings.expert_share)
-        for name in folders
+        for name in names
     }
     validation = SliceStore(cache, validation + unseen, device, "validation")
     from_first(remove_runs, settings, anew)
     settings.overwrite = False
-    for name, place in folders.items():
-        with in_first(run_folder(settings, place, *learned, digests[name])) as folder:
+    for name in names:
+        with in_first(run_folder(settings, places[name], *learned, digests[name])) as folder:
             expert, carried = slices[name].expert, len(slices[name]) - slices[name].expert
             print(f"{name}: {expert} expert slices + {carried} propagated, "
                   f"{settings.total_steps} steps of {settings.batch_size} on {describe(device)}")
