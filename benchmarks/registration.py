@@ -264,7 +264,7 @@ def local_ncc(size, rounds):
         milliseconds(f"local NCC with gradient, {size} x {size}: ours", times["ours"]),
         ratio("... ours / VoxelMorph's formula", times["ours"], times["theirs"], at_most=0.5),
         Row("... largest error against float64 on flat patches", [max(errors["ours"])], at_most=1e-3),
-        Row("... VoxelMorph's formula, its own", [max(errors["theirs"])]),
+        Row("... the same error of VoxelMorph's formula", [max(errors["theirs"])]),
     ]
 
 

@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import shutil
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -138,11 +139,11 @@ class Cache:
         """The cases to train on, to validate on, and to log alone: three lists.
 
         Validated on are labelled Validation cases of vendors that have training labels; those of other
-        vendors are logged and decide nothing. Without the former, 20 % of the labelled training patients by
-        seed, at least one, which is said. held_out: codes of those, of a run that has chosen them, [] for
-        none; None: not yet chosen. Where no other patient has labels, they are trained on, too. over: of a
-        run that is; nothing is said, and its Validation may have gone. Raises InputError without training
-        labels, for a code that is not of such a patient, and where a run's Validation has gone.
+        vendors are logged and decide nothing. Without the former, `_fifth` of the labelled training patients,
+        which is said. held_out: codes of those, of a run that has chosen them, [] for none; None: not yet
+        chosen. Where no other patient has labels, they are trained on, too. over: of a run that is; nothing
+        is said, and its Validation may have gone. Raises InputError without training labels, for a code that
+        is not of such a patient, and where a run's Validation has gone.
         """
         training = self.split("Training")
         labelled = [case for case in training if case.labelled]
@@ -159,8 +160,7 @@ class Cache:
             return training, validation, unseen
         why = "held out for validation"
         if not held_out:
-            order = np.random.default_rng(seed).permutation(len(labelled))
-            held_out = [labelled[k].code for k in order[: max(1, len(labelled) // 5)]]
+            held_out = [case.code for case in _fifth(labelled, seed)]
             why = f"no Validation{' of vendors that are trained on' if unseen else ''}; {why}"
         unknown = set(held_out) - {case.code for case in labelled}
         if unknown:
@@ -175,6 +175,17 @@ class Cache:
         if not over:
             print(said)
         return training, validation, unseen
+
+
+def _fifth(cases, seed):
+    """A fifth of the cases by seed, at least one, but no vendor's last where others are left to draw."""
+    order = [cases[k] for k in np.random.default_rng(seed).permutation(len(cases))]
+    left, drawn = Counter(case.vendor for case in cases), []
+    for case in order:
+        if left[case.vendor] > 1:
+            left[case.vendor] -= 1
+            drawn.append(case)
+    return (drawn or order)[: max(1, len(cases) // 5)]
 
 
 def open_cache(settings):

@@ -12,7 +12,7 @@ import numpy as np
 
 from cardiac import LABELS
 from cardiac.files import InputError, fault, joined
-from cardiac.nifti import read_image, read_label_values
+from cardiac.nifti import axes_of, read_header, read_image, read_label_values
 
 SPLITS = ("Training", "Validation", "Testing")
 VENDORS = {"A": "Siemens", "B": "Philips", "C": "GE", "D": "Canon"}
@@ -92,6 +92,9 @@ def load_case(case):
             raise fault(case.image, f"constant in frame {joined(flat)}, which has labels; download it again")
     except InputError as error:
         raise InputError(f"{case.code}: {error}") from error
+    for path in case.labels:
+        if _lies_otherwise(path, case.image):
+            warnings.append(f"{case.code}: affines of {path.name} and its image differ: is it flipped?")
     if flat:
         warnings.append(f"{case.code}: image is constant in frame {joined(flat)}")
     if _looks_swapped(labels.values()):
@@ -117,6 +120,15 @@ def load_labels(case):
         raise fault(case.labels[0], what)
     order = np.array(case.label_order, np.uint8)
     return {t: order[labels[t]] for t in present}
+
+
+def _lies_otherwise(labels, image):
+    """Whether a voxel's steps by the affine of a label file differ by 5 % or more from its image's."""
+    try:
+        axes, others = (axes_of(read_header(path, (3, 4)), path) for path in (image, labels))
+    except InputError:  # what voxels are read without
+        return True
+    return not (np.linalg.norm(axes - others, axis=0) < 0.05 * np.linalg.norm(axes, axis=0)).all()
 
 
 def _looks_swapped(labels):

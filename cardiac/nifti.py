@@ -72,15 +72,20 @@ def spacing_of(header, path):
     extent = spacing[:2] * header.get_data_shape()[:2]
     if extent.min() < EXTENT_MM[0] or extent.max() > EXTENT_MM[1]:
         raise fault(path, f"spacing {times(spacing)} mm, slices of {times(extent)} mm; mend its header")
-    try:
-        axes = header.get_best_affine()[:3, :3]
-    except UNREADABLE as error:
-        raise fault(path, f"affine not readable ({shown(error)}); mend its header") from error
+    axes = axes_of(header, path)
     # The axes need not be orthogonal (in M&Ms they are not always), but they must span a volume.
     lengths = np.linalg.norm(axes, axis=0)
     if not (np.isfinite(axes).all() and abs(np.linalg.det(axes)) > 1e-6 * lengths.prod()):
         raise fault(path, "affine is singular or not finite; mend its header")
     return tuple(float(mm) for mm in spacing)
+
+
+def axes_of(header, path):
+    """Steps of a voxel, mm, the columns of (3, 3), by a header's affine; InputError where it has none."""
+    try:
+        return header.get_best_affine()[:3, :3]
+    except UNREADABLE as error:
+        raise fault(path, f"affine not readable ({shown(error)}); mend its header") from error
 
 
 @np.errstate(all="ignore")

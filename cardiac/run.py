@@ -177,6 +177,12 @@ def run_folder(settings, name, cases, learned=None, labels=None):
         shutil.rmtree(folder / PARTS, ignore_errors=True)  # all that it is kept for is finished
 
 
+def amend_config(folder, **settings):
+    """Change settings in the config.json of the run in `folder`."""
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", {**config, "settings": config["settings"] | settings})
+
+
 def run_lock(settings, name):
     """Hold the folder OUT/name for this process alone; InputError where another one does."""
     folder = settings.out / name

@@ -26,7 +26,7 @@ from cardiac import parallel
 from cardiac.checkpoint import Progress, restore, write_checkpoint
 from cardiac.files import InputError, replacing, write_bytes, write_csv
 from cardiac.networks import mixed_precision
-from cardiac.run import deferred_signals
+from cardiac.run import amend_config, deferred_signals
 
 READ_EVERY = 20  # steps between two looks at the losses: each look waits for the device
 SAVE_EVERY = 60  # seconds of work that a kill may cost at most
@@ -45,6 +45,8 @@ def fit(task, settings, folder, device, outcome="curves.png"):
     first, total = parallel.RANK == 0, settings.total_steps
     run = Run(task, settings, folder, device)
     progress = run.progress
+    if first and progress.step > total:  # config.json tells what a run was trained with
+        amend_config(folder, max_steps=progress.step)
     if run.finished:
         print(f"{folder}: finished at step {progress.step}; a larger --max-steps or --epochs goes on")
         return first and not (folder / outcome).exists()
@@ -85,7 +87,6 @@ class Run:
         self.progress = Progress()
         if (folder / "last.pt").exists():
             self.progress = restore(folder / "last.pt", device, **self.parts)
-            print(f"{folder / 'last.pt'}: going on from step {self.progress.step}", flush=True)
 
     @property
     def finished(self):
@@ -96,6 +97,8 @@ class Run:
     def begin(self):
         """Start the clock; returns the `Meter`."""
         progress, settings = self.progress, self.settings
+        if progress.step:
+            print(f"{self.folder / 'last.pt'}: going on from step {progress.step}", flush=True)
         # the last epoch of a run that --max-steps cut short goes on as if it had not been validated
         progress.rows = [row for row in progress.rows if row["step"] % settings.steps_per_epoch == 0]
         scores = [row["score"] for row in progress.rows if not math.isnan(row["score"])]

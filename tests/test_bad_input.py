@@ -183,6 +183,17 @@ def test_more_steps_than_there_were_are_fine(run, module):
     assert run(module, "--max-steps", "5") == 0
 
 
+@pytest.mark.parametrize("module", [train_registration, train_segmentation])
+def test_fewer_steps_than_there_were_change_nothing(run, module, capsys):
+    assert run(module, "--max-steps", "4") == 0
+    before = snapshot(run.out)
+    assert run(module, "--max-steps", "3") == 0
+    assert snapshot(run.out) == before, "config.json tells what the run was trained with"
+    said = capsys.readouterr().out
+    assert "finished at step 4" in said
+    assert "going on" not in said
+
+
 # --------------------------------------------------------------------------------- runs that are not this one
 
 

@@ -393,6 +393,16 @@ def test_without_validation_a_fifth_of_the_labelled_patients_is_held_out(patient
     assert f"held out for validation: {held_out} of {patients} training patients" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_no_vendors_last_patient_is_held_out(seed):
+    """Else the checkpoint would be chosen by a vendor that training has no label of."""
+    cases = [cached(f"A{k}", "Training") for k in range(8)] + [cached("B", "Training", "B")]
+    cases += [cached(f"C{k}", "Training", "C") for k in range(2)]
+    training, validation, _ = split(*cases, seed=seed)
+    assert len(validation) == 2
+    assert {code[0] for code in training} == set("ABC")
+
+
 def test_the_held_out_depend_on_the_seed_alone():
     cases = [cached(f"T{k}", "Training") for k in range(20)]
     assert split(*cases, seed=3) == split(*cases, seed=3)

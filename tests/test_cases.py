@@ -293,6 +293,18 @@ def test_swapped_labels_are_a_warning(mms):
     assert f"{CODE}: LV and RV look swapped" in warnings[0]
 
 
+@pytest.mark.parametrize("factors", [(-1, 1, 1), (1.1, 1, 1), (1.01, 1, 1), (np.nan, 1, 1)])
+def test_labels_that_lie_otherwise_than_their_image_are_a_warning(mms, factors):
+    image, labels, *_ = files(mms)
+    affine = nib.load(image).affine
+    affine[:3, 3] += 5  # another origin alone is none
+    edit_header(labels, 252, "h", 0, 1)  # codes of qform and sform
+    edit_header(labels, 280, "f", *(affine * [*factors, 1])[:3].ravel())
+    warnings = load_case(read_cases(mms).good()[0])[2]
+    assert len(warnings) == (factors != (1.01, 1, 1))
+    assert all(f"{CODE}: affines of {labels.name} and its image differ" in line for line in warnings)
+
+
 def test_row_without_folder_is_fine_only_where_its_split_is_absent(tmp_path):
     write_mms(tmp_path / "a", CASES)
     write_table(tmp_path / "a" / TABLE, [*CASES, Tiny("Z9", "Testing")])

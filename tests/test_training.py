@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cardiac import training
 from cardiac.checkpoint import Progress, load_network, read_checkpoint, write_checkpoint
-from cardiac.files import InputError
+from cardiac.files import InputError, read_json, write_json
 from cardiac.networks import RegistrationNetwork, SegmentationNetwork
 from cardiac.run import Terminated, run_folder, script
 from cardiac.settings import Settings, TrainingSettings
@@ -190,9 +190,11 @@ def test_max_steps_raised_goes_on_as_if_it_had_been_so_from_the_start(tmp_path, 
 def test_max_steps_ends_a_run_that_was_interrupted_there_or_beyond(tmp_path, whole, stopped, wanted):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "parts", signalled(stopped - 1, signal.SIGINT))
-    task = Task()
+    task, config = Task(), tmp_path / "parts" / "config.json"
+    write_json(config, {"settings": {"max_steps": wanted}, "dataset": "A"})
     assert train(tmp_path / "parts", task, max_steps=wanted)
     assert task.drawn == []
+    assert read_json(config) == {"settings": {"max_steps": stopped}, "dataset": "A"}, "as it is trained"
     train(tmp_path / "straight", max_steps=stopped)
     assert_equal_runs(tmp_path / "parts", tmp_path / "straight")
     train(tmp_path / "parts")
