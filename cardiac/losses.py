@@ -14,25 +14,29 @@ def local_ncc(warped, fixed, window=9):
     Avants et al., 2008, as VoxelMorph has it: means and variances over a window x window box. On flat patches
     it stays right because each slice is standardised first (its scale no longer matters to the 1e-5), the box
     filter is two one-dimensional averages (a summed-area table would lose small variances to cancellation in
-    float32), and variances are clamped at 0. The averages are products with banded matrices, dense though
-    they are, which a CPU makes faster than `avg_pool2d`.
+    float32), and variances are clamped at 0.
     """
     with torch.autocast(warped.device.type, enabled=False):
         first, second = _standardised(warped.float()), _standardised(fixed.float())
         moments = torch.cat([first, second, first * first, second * second, first * second], dim=1)
-        rows, columns = (_averaging(n, window, moments.device) for n in moments.shape[-2:])
-        mean1, mean2, square1, square2, product = (rows @ moments @ columns.T).chunk(5, dim=1)
+        mean1, mean2, square1, square2, product = box_mean(moments, window).chunk(5, dim=1)
         covariance = product - mean1 * mean2
         variance1 = (square1 - mean1 * mean1).clamp(min=0)
         variance2 = (square2 - mean2 * mean2).clamp(min=0)
         return 1 - (covariance * covariance / (variance1 * variance2 + 1e-5)).mean()
 
 
-def _averaging(n, window, device):
-    """A matrix (n, n) whose row i averages the `window` about i, as far as there is one."""
-    place = torch.arange(n, device=device)
-    near = ((place[:, None] - place).abs() <= window // 2).float()
-    return near / near.sum(1, keepdim=True)
+def box_mean(images, window):
+    """Mean of images (..., H, W), float32, over a window x window box, as far as it lies inside.
+
+    By a product with a banded matrix along each axis, dense though it is: on a CPU faster than `avg_pool2d`.
+    """
+    averages = []
+    for n in images.shape[-2:]:
+        place = torch.arange(n, device=images.device)
+        near = ((place[:, None] - place).abs() <= window // 2).float()
+        averages.append(near / near.sum(1, keepdim=True))
+    return averages[0] @ images @ averages[1].T
 
 
 def _standardised(image):

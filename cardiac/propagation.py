@@ -13,7 +13,7 @@ from cardiac import LABELS, REGIONS, trust
 from cardiac.cases import load_labels
 from cardiac.checkpoint import load_network
 from cardiac.files import InputError, digest, hdf5_dataset, read_json, writing_hdf5
-from cardiac.losses import IGNORED, one_hot, region_dice
+from cardiac.losses import IGNORED, box_mean, one_hot, region_dice
 from cardiac.metrics import score_case
 from cardiac.networks import RegistrationNetwork, Turned, displacements, refine, register, velocities
 from cardiac.parts import UNKEPT
@@ -179,7 +179,7 @@ def carry(network, store, source, frames, steps=0):
     fixed = store.images(torch.from_numpy(np.concatenate([case.rows(frame) for frame in frames])))
 
     def left(displacement):
-        return trust.local_mean((warp(moving, displacement) - fixed)[:, 0].abs())
+        return box_mean((warp(moving, displacement) - fixed)[:, 0].abs(), window=5)
 
     velocity, origin = velocities(network, moving, fixed, labels), one_hot(labels)
     forth = displacements(velocity, fixed.shape[-2:])

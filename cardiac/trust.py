@@ -121,11 +121,6 @@ def expected_dice(labels, trust):
     return (dice.sum(1) / (area > 0).sum(1)).view(labels.shape[:-2])
 
 
-def local_mean(images, width=5):
-    """Mean of images (B, S, S) over a width x width box."""
-    return F.avg_pool2d(images[:, None], width, 1, width // 2, count_include_pad=False)[:, 0]
-
-
 def areas(labels, region, pixel_mm2):
     """Area (...) in mm2 of a region in labels (..., S, S)."""
     return (labels == LABELS[region]).sum((-2, -1)) * pixel_mm2

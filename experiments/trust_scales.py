@@ -20,6 +20,7 @@ from scipy.optimize import minimize_scalar
 from cardiac import LABELS, propagation, trust
 from cardiac.cache import open_cache
 from cardiac.evaluation import aligned
+from cardiac.losses import box_mean
 from cardiac.metrics import dice
 from cardiac.run import choose_device
 from cardiac.settings import PropagationSettings, parse
@@ -36,7 +37,7 @@ def carried_pixels(network, cache, case, device, steps):
     carried = propagation.carry(network, store, case.ed, [case.es], steps)
     regions, certainty, _ = trust.fuse({"ED": carried}, {"ED": torch.zeros(1, device=device)})
     found, expert = propagation.harden(regions)[0], store.expert(case, case.es)
-    near = trust.local_mean((carried.regions[0].sum(1) > 0.05).float()) > 0
+    near = box_mean((carried.regions[0].sum(1) > 0.05).float(), window=5) > 0
     near &= carried.present[:, None, None]
     columns = (carried.residual[0], certainty[0], (found == expert).float())
     pixels = torch.stack([column[near] for column in columns]).cpu().numpy()

@@ -6,6 +6,7 @@ import torch
 
 from cardiac.losses import (
     IGNORED,
+    box_mean,
     cross_entropy,
     difference_loss,
     diffusion,
@@ -16,6 +17,15 @@ from cardiac.losses import (
     soft_dice_loss,
 )
 from cardiac.metrics import dice
+
+
+@pytest.mark.parametrize("window", [1, 5, 9])
+def test_a_box_at_the_edge_averages_what_lies_inside(window):
+    images = torch.rand(2, 3, 7, 12)
+    half, options = window // 2, {"stride": 1, "count_include_pad": False}
+    pooled = torch.nn.functional.avg_pool2d(images.double(), (window, 1), padding=(half, 0), **options)
+    pooled = torch.nn.functional.avg_pool2d(pooled, (1, window), padding=(0, half), **options)
+    torch.testing.assert_close(box_mean(images, window), pooled.float())
 
 
 def brute_force_ncc(first, second, window=9):
