@@ -1,5 +1,7 @@
 """What is minimised: image similarity, smoothness, overlap of labels, cross-entropy."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -31,12 +33,16 @@ def box_mean(images, window):
 
     By a product with a banded matrix along each axis, dense though it is: on a CPU faster than `avg_pool2d`.
     """
-    averages = []
-    for n in images.shape[-2:]:
-        place = torch.arange(n, device=images.device)
-        near = ((place[:, None] - place).abs() <= window // 2).float()
-        averages.append(near / near.sum(1, keepdim=True))
-    return averages[0] @ images @ averages[1].T
+    rows, columns = (_averaging(n, window, images.device) for n in images.shape[-2:])
+    return rows @ images @ columns.T
+
+
+@functools.lru_cache(8)
+def _averaging(n, window, device):
+    """A matrix (n, n) whose row i averages the `window` about i, as far as it lies inside."""
+    place = torch.arange(n, device=device)
+    near = ((place[:, None] - place).abs() <= window // 2).float()
+    return near / near.sum(1, keepdim=True)
 
 
 def _standardised(image):

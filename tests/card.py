@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 
-from cardiac import run, warp
+from cardiac import losses, run, warp
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default)
@@ -160,7 +160,7 @@ def _to_card(tree):
 
 
 def _forget():
-    for kept in (warp._pixels, warp._growth):
+    for kept in (warp._pixels, warp._growth, losses._averaging):
         kept.cache_clear()
 
 
