@@ -126,7 +126,7 @@ def _lies_otherwise(labels, image):
     """Whether a voxel's steps by the affine of a label file differ by 5 % or more from its image's."""
     try:
         axes, others = (axes_of(read_header(path, (3, 4)), path) for path in (image, labels))
-    except InputError:  # what voxels are read without
+    except InputError:  # the label's is not readable; its voxels are read without
         return True
     return not (np.linalg.norm(axes - others, axis=0) < 0.05 * np.linalg.norm(axes, axis=0)).all()
 

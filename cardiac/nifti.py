@@ -80,6 +80,7 @@ def spacing_of(header, path):
     return tuple(float(mm) for mm in spacing)
 
 
+@np.errstate(all="ignore")
 def axes_of(header, path):
     """Steps of a voxel, mm, the columns of (3, 3), by a header's affine; InputError where it has none."""
     try:

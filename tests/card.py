@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from cardiac import losses, run, warp
 
@@ -46,7 +47,7 @@ class Card(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, operation, types, arguments=(), options=None):
         options = dict(options or {})
-        tensors = [each for each in _leaves((arguments, options)) if isinstance(each, torch.Tensor)]
+        tensors = [each for each in tree_leaves((arguments, options)) if isinstance(each, torch.Tensor)]
         on_both_sides = any(not isinstance(each, Card) and each.dim() for each in tensors)
         waits = WAITING & set(operation.tags)
         if operation in INDEXING:  # by a mask: how many there are has to be known; one number fills without
@@ -133,30 +134,12 @@ class Cards(TorchFunctionMode):
 CARDS = Cards()
 
 
-def _leaves(tree):
-    if isinstance(tree, dict):
-        tree = tree.values()
-    elif not isinstance(tree, (list, tuple)):
-        yield tree
-        return
-    for each in tree:
-        yield from _leaves(each)
-
-
-def _mapped(function, tree):  # that of torch.utils takes half of the time of all these tests
-    if isinstance(tree, dict):
-        return {name: _mapped(function, each) for name, each in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return (list if isinstance(tree, list) else tuple)(_mapped(function, each) for each in tree)
-    return function(tree)
-
-
 def _to_cpu(tree):
-    return _mapped(lambda each: each.numbers if isinstance(each, Card) else each, tree)
+    return tree_map(lambda each: each.numbers if isinstance(each, Card) else each, tree)
 
 
 def _to_card(tree):
-    return _mapped(lambda each: Card(each) if isinstance(each, torch.Tensor) else each, tree)
+    return tree_map(lambda each: Card(each) if isinstance(each, torch.Tensor) else each, tree)
 
 
 def _forget():
