@@ -170,3 +170,24 @@ def test_soft_dice_of_certain_predictions_is_their_dice_where_labelled():
     logits = 100 * torch.nn.functional.one_hot(predicted, 4).permute(0, 3, 1, 2).float()
     dice = (2 / 3 + 1 + 2 / 3) / 3  # the last pixel does not count
     assert soft_dice_loss(logits, labels).item() == pytest.approx(1 - dice, abs=1e-5)
+
+
+def test_what_is_trusted_less_weighs_less_and_what_nobody_labelled_nothing():
+    logits = torch.randn(1, 4, 1, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[[1, 0, 2, IGNORED]]], dtype=torch.uint8)
+    trust = torch.tensor([[[1.0, 0.5, 0.0, 0.7]]])
+    certain = -logits[0, :, 0].log_softmax(0)
+    expected = (certain[1, 0] + 0.5 * certain[0, 1]) / 1.5
+    assert cross_entropy(logits, labels, trust).item() == pytest.approx(expected.item(), rel=1e-5)
+    share = logits[0, :, 0].softmax(0)
+    dice = [2 * share[1, 0] / (share[1, 0] + 1 + 0.5 * share[1, 1]), 0, 0]  # RV's label is nowhere
+    assert soft_dice_loss(logits, labels, trust).item() == pytest.approx(1 - sum(dice).item() / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, soft_dice_loss])
+def test_a_batch_without_any_label_has_a_finite_loss_and_no_gradient(loss):
+    logits = torch.randn(1, 4, 4, 4, requires_grad=True)
+    found = loss(logits, torch.full((1, 4, 4), IGNORED, dtype=torch.uint8), torch.ones(1, 4, 4))
+    found.backward()
+    assert found.isfinite()
+    assert not logits.grad.any()
