@@ -71,7 +71,9 @@ def test_shapes_that_would_broadcast_are_refused(function):
 
 def test_surface_distances_want_three_dimensions():
     with pytest.raises(ValueError, match="3-D"):
-        m.surface_distances(np.ones((2, 3), bool), np.ones((2, 3), bool), (1, 1))
+        m.surface_distances(np.ones((2, 3), bool), np.ones((2, 3), bool), (1, 1, 1))
+    with pytest.raises(ValueError, match="three spacings"):
+        m.surface_distances(np.ones((2, 3, 4), bool), np.ones((2, 3, 4), bool), (1, 1))
 
 
 def test_surface_distances_of_empty_masks_are_undefined():
@@ -351,6 +353,12 @@ def test_paired_comparison_by_hand():
     assert 1 < result["low"] < 3 < result["high"] < 5
 
 
+def test_patients_that_do_not_differ_leave_the_others_their_p():
+    gains = dict(zip("abcdef", [1.0, 0.0, 3.0, 4.0, 5.0, 6.0]))
+    result = m.paired_comparison(dict.fromkeys(gains, 0.0), gains)
+    assert result["p"] == pytest.approx(2 / 32)
+
+
 def test_paired_comparison_takes_patients_with_two_numbers():
     first = {"a": 0.5, "b": 0.6, "c": math.nan, "d": 0.9}
     second = {"b": 0.7, "c": 0.8, "a": 0.5, "e": 0.1}
@@ -381,6 +389,8 @@ def test_agreement_by_hand():
     assert result["bias"] == result["mae"] == pytest.approx(3)
     assert (result["loa_low"], result["loa_high"]) == pytest.approx((3 - spread, 3 + spread))
     assert result["r"] == pytest.approx(stats.pearsonr([102, 110, 95], [100, 104, 94])[0])
+    small = m.agreement([0.102, 0.110, 0.095], [0.100, 0.104, 0.094])
+    assert small["r"] == pytest.approx(result["r"]), "in any unit"
     assert m.agreement([1, 3], [3, 1])["mae"] == 2
     assert m.agreement([1, 3], [3, 1])["bias"] == 0
 

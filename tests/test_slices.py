@@ -4,6 +4,7 @@ Every slice of the cache here is filled with the number of its row, so that a ba
 """
 
 import dataclasses
+import io
 
 import h5py
 import numpy as np
@@ -165,10 +166,23 @@ def test_slices_go_where_they_fit(monkeypatch):
     assert [slices_module._place(size, CPU) for size in (500, 10**15)] == ["device", "file"]
 
 
+def test_four_fifths_of_the_free_memory_are_for_slices_and_labels_shared_by_processes(monkeypatch):
+    def free(path):
+        return io.StringIO("MemTotal:  9000 kB\nMemAvailable:   1000 kB\n")
+
+    monkeypatch.setattr(slices_module, "open", free, raising=False)
+    fits = 0.4 * 1000 * 1024
+    assert [slices_module._place(size, CPU) for size in (fits - 1, fits)] == ["device", "file"]
+    monkeypatch.setattr(slices_module, "ON_THIS_HOST", 2)
+    assert [slices_module._place(size, CPU) for size in (fits / 2 - 1, fits / 2)] == ["device", "file"]
+
+
 @pytest.mark.parametrize("place", ["device", "host", "file"])
-def test_the_choice_is_printed_with_its_size(cache, monkeypatch, capsys, place):
-    monkeypatch.setattr(slices_module, "_place", lambda size, device: place)
+def test_the_choice_is_by_their_bytes_and_printed(cache, monkeypatch, capsys, place):
+    asked = []
+    monkeypatch.setattr(slices_module, "_place", lambda size, device: asked.append(size) or place)
     SliceStore(cache, CASES, CPU, "training")
+    assert asked == [26 * SIDE * SIDE * 2]
     line = capsys.readouterr().out
     assert line.startswith("training: 3 cases, 26 slices, 0.00 GB")
     assert {"device": "on the device", "host": "in host memory", "file": "in the file"}[place] in line
@@ -216,6 +230,22 @@ def test_propagated_slices_of_patients_held_out_for_validation_are_left_out(cach
 def test_an_empty_set_of_propagated_slices_changes_nothing(cache):
     empty = Propagated(np.zeros((0, SIDE, SIDE), np.uint8), [], np.zeros(0, np.float32))
     assert drawn_slices(LabelledSlices(SliceStore(cache, CASES, CPU), empty)) == EXPERT
+
+
+@pytest.mark.parametrize("expert_share", [0.0, 0.5])
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_every_slice_comes_with_its_own_trust(cache, expert_share, place):
+    labels = propagated(("LAST", 0, 2), ("GONE", 3, 1), ("FIRST", 1, 0), ("LAST", 0, 0))
+    labels.trust = labels.labels + 100
+    slices = LabelledSlices(SliceStore(cache, CASES, CPU, place=place), labels, expert_share)
+    drawn = [slices.draw(64, 0, step) for step in range(6)]
+    images, labels, trust = (torch.cat(each).flatten(1)[:, 0].int().tolist() for each in zip(*drawn))
+    propagated_ones = {(2, 50, 150), (24, 52, 152), (0, 53, 153)}  # 51 is of a patient that is not trained on
+    assert set(zip(images, labels, trust)) == {(*pair, 255) for pair in EXPERT} | propagated_ones
+    count = sum(value >= 50 for value in labels)
+    if expert_share:  # half of the draws, although they are fewer
+        assert 150 < count < 240
+    assert all(labels.count(value) > 16 for value in (50, 52, 53)), "each of them is drawn"
 
 
 def test_the_share_of_expert_slices_holds_and_no_draw_is_out_of_range(cache, monkeypatch):

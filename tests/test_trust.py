@@ -179,11 +179,31 @@ def test_a_small_slice_beyond_the_base_does_not_turn_the_stack_round():
     assert gone[3, 2].item() == pytest.approx(trust.GONE_AT_ES["apex"][2])
 
 
+def test_the_base_is_the_larger_half_of_all_slices_that_show_anything():
+    pixels = torch.tensor([[10, 50, 0], [60, 100, 0], [70, 110, 20], [50, 90, 30], [0, 0, 0]])
+    gone = trust.left_behind(pixels)
+    assert gone[3, 0].item() == pytest.approx(trust.GONE_AT_ES["base"][0])
+    assert gone[0, 0].item() == pytest.approx(trust.GONE_AT_ES["apex"][0])
+
+
 def test_enclosed():
     whole, opened = ring(), ring()
     opened[20:, 20:][opened[20:, 20:] == 2] = 0  # a quarter of the wall is missing
     both = torch.stack([whole, opened, torch.zeros_like(whole)])
     assert trust.enclosed(both).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_an_lv_that_is_open_to_one_side_alone_is_not_enclosed(turns):
+    opened = torch.zeros(SIDE, SIDE, dtype=torch.uint8)
+    opened[14:26, 14:26] = 2
+    opened[15:25, 15:25] = 1
+    assert trust.enclosed(opened)
+    few = opened.clone()
+    few[14, 20:22] = 0  # 2 of the 40 pixels around it
+    assert trust.enclosed(few.rot90(turns))
+    opened[14, 20:23] = 0
+    assert not trust.enclosed(opened.rot90(turns))
 
 
 def faults(labels, ends, folding=0.0, elapsed=None):
@@ -210,6 +230,29 @@ def test_each_fault_is_named():
     assert faults([ring(), ring(6, 14), ring()], (ring(), ring())) == ["", "wall area", ""]
     assert "LV area jumps" in faults([ring(), ring(9, 12), ring()], (ring(), ring()))[1]
     assert faults([ring(), opened], (opened, opened))[1] == "", "open in the source: no fault"
+
+
+def beating(cavity, wall):
+    """Labels (S, S) with so many pixels of LV and, around it, of myocardium."""
+    order = (GRID - 20.3).norm(dim=0).flatten().argsort()
+    labels = torch.zeros(SIDE * SIDE, dtype=torch.uint8)
+    labels[order[:cavity]], labels[order[cavity : cavity + wall]] = 1, 2
+    return labels.view(SIDE, SIDE)
+
+
+@pytest.mark.parametrize(("elapsed", "expected"), [(0.0, 480), (0.5, 400), (1.0, 320)])
+def test_a_wall_may_be_off_by_15_percent_and_40_mm2_of_what_lies_between_its_ends(elapsed, expected):
+    ends, allowed = (beating(300, 480), beating(300, 320)), round(0.15 * expected + 20)  # pixels of 2 mm2
+    for change, fault in ((allowed, ""), (allowed + 1, "wall area")):
+        for wall in (expected + change, expected - change):
+            assert faults([beating(300, wall)], ends, elapsed=torch.tensor([elapsed])) == [fault]
+
+
+@pytest.mark.parametrize(("change", "fault"), [(87, ""), (88, "LV area jumps")])
+def test_an_lv_may_be_off_its_neighbours_by_15_percent_of_the_largest_and_40_mm2(change, fault):
+    ends = beating(450, 300), beating(150, 300)  # 87.5 pixels: .15 x 450 + 20
+    for cavity in (300 + change, 300 - change):
+        assert faults([beating(cavity, 300)], ends) == [fault]
 
 
 def test_areas_that_are_unknown_at_one_end_are_not_compared():
