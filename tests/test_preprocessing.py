@@ -193,6 +193,22 @@ def test_where_nothing_moves_the_crop_is_about_the_image_centre():
     assert motion_centre(still, (1.5, 2.0, 8.0)) == (47.5, 39.5)
 
 
+def test_what_moves_far_from_the_heart_does_not_pull_the_crop():
+    image = np.zeros((160, 128, 2, 6), np.float32)  # 240 x 256 mm
+    x, y = np.indices(image.shape[:2])
+    image[np.hypot(1.5 * (x - 50), 2 * (y - 40)) < 30, :, 1::2] = 1  # mm
+    image[np.hypot(1.5 * (x - 50), 2 * (y - 90)) < 10, :, 1::2] = 1  # 100 mm along Y alone
+    image[np.hypot(1.5 * (x - 120), 2 * (y - 40)) < 10, :, 1::2] = 1  # 105 mm along X alone
+    assert motion_centre(image, (1.5, 2.0, 8.0)) == pytest.approx((50, 40), abs=0.51)
+    assert motion_centre(1000 + 200 * image, (1.5, 2.0, 8.0)) == motion_centre(image, (1.5, 2.0, 8.0))
+
+
+def test_an_image_that_is_constant_but_for_a_voxel_keeps_its_range():
+    image = np.full((40, 40, 3, 2), 7, np.int16)
+    image[0, 0, 0, 0] = 9
+    assert intensity_window(image) == (7, 9)
+
+
 @pytest.mark.parametrize("width", [64, 60, 63])
 def test_the_intensity_window_sees_every_column(width):
     image = np.zeros((width, 64, 8, 110), np.uint8, order="F")  # of 3 voxels one is sampled, or fewer

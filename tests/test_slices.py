@@ -102,6 +102,20 @@ def test_the_share_of_pairs_with_two_labels(cache, share, expected):
     assert np.mean(drawn) == pytest.approx(expected, abs=0.06)  # by chance ED meets ES in 1 of 4
 
 
+@pytest.mark.parametrize("hidden", [LAST.ed, LAST.es])
+def test_where_one_phase_is_unknown_no_pair_has_two_labels_or_is_drawn_more_often(cache, hidden):
+    drawn = list(draw_pairs(cache, 1.0, cases=[dataclasses.replace(LAST, withheld=(hidden,))]))
+    assert not any(labelled for *_, labelled in drawn)
+    label_of = {hidden: {IGNORED}, LAST.es + LAST.ed - hidden: {0, 1, 2, 3, 4, 5}}
+    both = 0
+    for moving, fixed, moving_label, fixed_label, _ in drawn:
+        frames = [origin(row)[1] for row in (moving, fixed)]
+        both += set(frames) == {LAST.ed, LAST.es}
+        for frame, label in zip(frames, (moving_label, fixed_label)):
+            assert label in label_of.get(frame, {IGNORED})
+    assert both / len(drawn) == pytest.approx(0.25, abs=0.06)
+
+
 def test_a_case_of_one_frame_is_paired_with_itself(cache):
     still = dataclasses.replace(NONE, shape=(20, 20, 2, 1))
     assert all(moving == fixed for moving, fixed, *_ in draw_pairs(cache, cases=[still]))

@@ -230,6 +230,7 @@ def test_each_fault_is_named():
     assert faults([ring(), ring(6, 14), ring()], (ring(), ring())) == ["", "wall area", ""]
     assert "LV area jumps" in faults([ring(), ring(9, 12), ring()], (ring(), ring()))[1]
     assert faults([ring(), opened], (opened, opened))[1] == "", "open in the source: no fault"
+    assert faults([opened], (ring(), opened)) == [""], "nor where it is open at one end alone"
 
 
 def beating(cavity, wall):
