@@ -37,6 +37,34 @@ def row(
 # ------------------------------------------------------------------------------------------ by hand
 
 
+def results(dice, models=evaluation.MODELS, unlabelled=""):
+    """`Results` of cases {code: Dice}, alike for all models; trained on vendor A, others without labels."""
+    vendors = "A" + unlabelled
+    training = [SimpleNamespace(code=f"T{each}", vendor=each, labelled=each == "A") for each in vendors]
+    cache = SimpleNamespace(name="DATA", skipped=(), split=lambda name: training)
+    cache.training_and_validation = lambda *chosen, over: (training, [], [])
+    rows = [row(model, code, phase, region, dice=score) for model in models for code, score in dice.items()
+            for phase in ("ED", "ES") for region in REGIONS]
+    used = {"seed": 0, "held_out": [], "labelled_phases": "both"}
+    trained = {model: {"steps": 10, "best": 0.5, "settings": used} for model in models}
+    cases = [SimpleNamespace(code=code, vendor="A") for code in dice]
+    return evaluation.Results(rows, None, cache, cases, "Testing", trained, own=True)
+
+
+def test_cases_are_ranked_by_their_dice_and_then_by_code():
+    scores = {"P1": 0.7, "P2": 0.9, "P3": 0.8, "P4": np.nan, "P5": 0.6}
+    assert results(scores).ranked("original") == {"best": "P2", "median": "P1", "worst": "P4"}
+    ties = results({"P3": 0.5, "P1": 0.5, "P2": 0.5}).ranked("propagated")
+    assert ties == {"best": "P1", "median": "P2", "worst": "P3"}
+
+
+def test_the_caption_names_unlabelled_vendors_where_the_registration_matters():
+    saw = "The registration saw unlabelled scans of vendor C"
+    assert f"{saw}, D." in results({"P1": 0.5}, unlabelled="DC").caption()
+    assert saw not in results({"P1": 0.5}, models=("original",), unlabelled="C").caption()
+    assert saw not in results({"P1": 0.5}).caption()
+
+
 def test_table_row_is_the_plain_mean_and_leaves_nan_out():
     rows = [row(dice=0.8), row(dice=0.4, region="RV", vendor="C"), row(dice=float("nan"), region="RV")]
     table = evaluation.table_row("original", rows)
