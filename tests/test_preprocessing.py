@@ -203,6 +203,15 @@ def test_what_moves_far_from_the_heart_does_not_pull_the_crop():
     assert motion_centre(1000 + 200 * image, (1.5, 2.0, 8.0)) == motion_centre(image, (1.5, 2.0, 8.0))
 
 
+def test_the_crop_lies_at_the_centroid_of_what_moves_most_not_at_its_brightest_spot():
+    x, y = np.indices((160, 128))
+    large, small = (np.hypot(1.5 * (x - at), 2 * (y - 64)) < mm for at, mm in ((70, 20), (70 + 40 / 1.5, 10)))
+    image = np.zeros((160, 128, 1, 6), np.float32)
+    image[..., 1::2] = np.where(large | small, 1, 0.2)[..., None, None]  # all of the body moves a little
+    ratio = small.sum() / (large | small).sum()  # a fifth: 8 of the 40 mm between the two
+    assert motion_centre(image, (1.5, 2.0, 8.0)) == pytest.approx((70 + 40 / 1.5 * ratio, 64), abs=0.51)
+
+
 def test_an_image_that_is_constant_but_for_a_voxel_keeps_its_range():
     image = np.full((40, 40, 3, 2), 7, np.int16)
     image[0, 0, 0, 0] = 9
