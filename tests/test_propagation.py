@@ -183,6 +183,21 @@ def test_dilation_reaches_so_many_pixels_to_every_side():
         assert torch.equal(propagation._dilate(masks, pixels), expected)
 
 
+def test_quality_counts_folds_within_10_mm_of_either_label_and_within_its_slice():
+    source, target = np.zeros((2, 60, 60, 2), np.uint8)
+    source[10, 10, 0] = target[40, 40, 0] = 1
+    determinant = np.ones((2, 60, 60))  # (Z, X, Y)
+    determinant[0, 10, 15] = determinant[0, 36, 37] = 0  # 10 mm off
+    determinant[0, 10, 16] = determinant[0, 36, 36] = -1  # more than that
+    determinant[1] = -1
+    found = propagation._score_own_grid(source, target, source, (2.0, 2.0, 8.0), determinant)["LV"]
+    near = 2 * 81  # pixels within five of either
+    assert found["folding_percent"] == pytest.approx(100 * 2 / near)
+    share = 2 / near
+    assert found["sd_log_jacobian"] == pytest.approx(-np.log(1e-3) * (share * (1 - share)) ** 0.5)
+    assert found["dice_before"] == found["dice_after"] == 0
+
+
 @pytest.mark.parametrize(("size", "expected"), [(SIDE, 100), (3, 0)])
 def test_folding_counts_near_the_heart_alone(swinging, monkeypatch, size, expected):
     displacement = torch.zeros(3, 2, SIDE, SIDE)
