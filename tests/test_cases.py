@@ -11,7 +11,7 @@ import pytest
 from datasets import MMS_CASES, SPACING, TABLE, Tiny, heart, write_acdc, write_mms, write_nifti, write_table
 
 from cardiac import nifti
-from cardiac.cases import load_case
+from cardiac.cases import load_case, refusal
 from cardiac.check import main as check
 from cardiac.files import InputError
 from cardiac.layouts import read_cases
@@ -386,6 +386,11 @@ def test_check_without_a_good_case(tmp_path, capsys):
     assert "0 good cases, 1 problems" in capsys.readouterr().out
     with pytest.raises(InputError, match="no such file"):
         read_cases(tmp_path).good(skip_bad=True)
+
+
+def test_a_refusal_names_the_first_problem_and_counts_the_others(tmp_path):
+    assert str(refusal(["A: lost"], tmp_path)).startswith("A: lost. `python -m cardiac.check --data ")
+    assert str(refusal(["A: lost", "B: torn", "C: empty"], tmp_path)).startswith("A: lost (and 2 more). `")
 
 
 # ------------------------------------------------------------------------------------- unpacking in pieces
