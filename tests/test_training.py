@@ -349,6 +349,14 @@ def test_the_schedule_is_resumed_too(tmp_path, pause):
     assert_equal_runs(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("pause", [8, 10])
+def test_what_was_best_stays_so_where_a_run_goes_on(tmp_path, pause):
+    for stop in (pause, 12):
+        train(tmp_path, Task(scores={4: 0.2, 8: 0.7, 10: 0.3, 12: 0.5}), max_steps=stop)
+    best = read_checkpoint(tmp_path / "best.pt", CPU)["progress"]
+    assert (best["step"], best["best"]) == (8, 0.7)
+
+
 def test_best_holds_the_weights_of_the_best_score_and_last_those_of_the_end(tmp_path):
     train(tmp_path, Task(scores={4: 0.2, 8: 0.7, 12: 0.5}))
     best, last = (read_checkpoint(tmp_path / name, CPU)["progress"] for name in ("best.pt", "last.pt"))
@@ -447,11 +455,13 @@ def test_a_score_that_is_not_defined_still_leaves_a_best_checkpoint(tmp_path):
     assert (best["progress"]["step"], best["progress"]["best"]) == (8, 0.1)
 
 
-def test_weights_that_are_not_finite_are_not_kept_even_where_the_loss_still_is(tmp_path):
+@pytest.mark.parametrize("one", [False, True])
+def test_weights_that_are_not_finite_are_not_kept_even_where_the_loss_still_is(tmp_path, one):
     class Root(Task):
         def losses(self, batch):
             loss = super().losses(batch)["loss"]
-            return {"loss": loss + (0 * loss).sqrt() if self.drawn[-1] == 7 else loss}
+            source = next(self.network.parameters()).flatten()[0] if one else loss  # one weight, or all
+            return {"loss": loss + (0 * source).sqrt() if self.drawn[-1] == 7 else loss}
 
     with pytest.raises(InputError, match="weights are not finite after step 8;"):
         train(tmp_path, Root())
