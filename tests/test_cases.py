@@ -393,6 +393,42 @@ def test_a_refusal_names_the_first_problem_and_counts_the_others(tmp_path):
     assert str(refusal(["A: lost", "B: torn", "C: empty"], tmp_path)).startswith("A: lost (and 2 more). `")
 
 
+def spacing_read(path, zooms, unit="mm"):
+    """What is read of an image of 40 x 30 pixels, one slice and one frame, with these zooms in its header."""
+    image = nib.Nifti1Image(np.zeros((40, 30, 1, 1), np.int16), np.eye(4))
+    image.header.set_zooms((*zooms, 1))
+    image.header.set_xyzt_units(unit, "sec")
+    nib.save(image, path)
+    return nifti.spacing_of(nifti.read_header(path), path)
+
+
+@pytest.mark.parametrize(("unit", "mm"), [("mm", 1), ("meter", 1000), ("micron", 0.001), ("unknown", 1)])
+def test_spacing_is_in_mm_whatever_the_header_counts_in(tmp_path, unit, mm):
+    zooms = [each / mm for each in (1.5, 2, 8)]
+    assert spacing_read(tmp_path / "image.nii", zooms, unit) == pytest.approx((1.5, 2, 8))
+
+
+@pytest.mark.parametrize("zooms", [(0.02, 2, 8), (1.5, 0.03, 8), (51, 2, 8), (1.5, 67, 8)])
+def test_slices_of_less_than_a_mm_or_more_than_two_metres_are_refused(tmp_path, zooms):
+    with pytest.raises(InputError, match="mend its header"):
+        spacing_read(tmp_path / "image.nii", zooms)
+
+
+@pytest.mark.parametrize(("frames", "fits"), [(17, True), (18, False)])
+def test_what_would_take_more_than_2_gib_as_float32_is_refused(tmp_path, frames, fits):
+    header = nib.Nifti1Header()
+    header.set_data_dtype(np.uint8)
+    header.set_data_shape((1024, 1024, 30, frames))
+    header["vox_offset"], header["magic"] = 352, b"n+1"
+    path = tmp_path / "image.nii.gz"
+    path.write_bytes(gzip.compress(header.binaryblock + np.random.default_rng(0).bytes(600_000)))
+    if fits:
+        assert nifti.read_header(path).get_data_shape()[3] == frames
+    else:
+        with pytest.raises(InputError, match="no more than 2 GiB are read"):
+            nifti.read_header(path)
+
+
 # ------------------------------------------------------------------------------------- unpacking in pieces
 
 CONTENT = np.random.default_rng(0).integers(0, 99, 5000, np.uint8).tobytes()
