@@ -65,23 +65,42 @@ def steps(rounds):
     return rows
 
 
-def tasks(folder):
+def tasks(folder, precision="auto"):
     """The two tasks of the training scripts, augmented, on made-up slices."""
     cache = cache_of(folder / "tasks.h5", 4, 12, 8, SIZE)
     store = SliceStore(cache, cache.cases, DEVICE)
-    words = {"augment": True, "size": SIZE, "steps_per_epoch": 10**6}
+    words = {"augment": True, "size": SIZE, "steps_per_epoch": 10**6, "precision": precision}
     registration = RegistrationSettings(**words, batch_size=16)
     segmentation = SegmentationSettings(**words, batch_size=BATCH, channels=CHANNELS)
     yield "registration", train_registration.Registration(registration, store, store)
     yield "segmentation", train_segmentation.Segmentation(segmentation, LabelledSlices(store), store)
 
 
-def data_share(task, folder, rounds):
-    """Time of drawing a step's batch, transforms included, and of the whole step as the loop makes it."""
+def begun(task, folder):
+    """The training loop's run of a task, about to make its first step."""
     run = Run(task, task.settings, folder, DEVICE)
     run.begin().bar.disable = True
-    count = iter(range(10**6))
+    return run
+
+
+def data_share(task, folder, rounds):
+    """Time of drawing a step's batch, transforms included, and of the whole step as the loop makes it."""
+    count, run = iter(range(10**6)), begun(task, folder)
     return in_turn({"draw": lambda: task.draw(next(count)), "step": run.step}, rounds, calls=CALLS)
+
+
+def precisions(folder, rounds):
+    """Rows of the loop's step in bfloat16 and in float32, both networks."""
+    steps, rows = {}, []
+    for precision in ("float32", "bfloat16"):
+        (place := folder / precision).mkdir()
+        for name, task in tasks(place, precision):
+            steps.setdefault(name, {})[precision] = begun(task, place).step
+    for name, each in steps.items():
+        times = in_turn(each, rounds, calls=CALLS)
+        rows.append(milliseconds(f"{name}: a step in float32", times["float32"]))
+        rows.append(ratio("... in bfloat16 / in float32", times["bfloat16"], times["float32"]))
+    return rows
 
 
 def their_loader(store, batch):
@@ -151,5 +170,8 @@ def sections(rounds):
         text = f"Registration: 16 pairs, segmentation: {BATCH} slices, {SIZE} x {SIZE}, resident, with the"
         text += " random transforms of the `strong` recipe."
         yield "Data path: its share of a step", text, rows
+        if DEVICE.type == "cuda" or "avx512_bf16" in Path("/proc/cpuinfo").read_text():
+            text = "The same steps as in the section before; `--precision` chooses."
+            yield "Precision of a step", text, precisions(Path(folder), rounds)
         text = "64 slices in batches of 32, in one process; MONAI's transforms are the nearest that it has."
         yield "Data path against MONAI's", text, data_path(Path(folder), rounds)

@@ -157,10 +157,14 @@ def _double_convolution(before, after):
     return nn.Sequential(*layers)
 
 
-def mixed_precision(device):
-    """Where networks run: bfloat16 on cards that compute in it (Ampere and later), else float32."""
-    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+def mixed_precision(device, precision="auto"):
+    """Where networks run: in float32 or bfloat16, as `precision` says; "auto" is bfloat16 on cards that
+    compute in it (Ampere and later), else float32.
+    """
+    if precision == "auto":
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bfloat16" if native else "float32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def _inference_batch(images):

@@ -92,6 +92,10 @@ class TrainingSettings(Settings):
     augment: bool = setting(False, "a random transform for every sample (`augment.py`)")
     averaging: float = setting(0.0, "decay of the average of the weights that is validated and kept; 0: none")
     patience: int = setting(10, "lr falls to a tenth after more epochs than this without a lower val_loss")
+    precision: str = setting(
+        "auto", "what a step's convolutions compute in; auto: bfloat16 on cards made for it, else float32; "
+        "processors with AVX512_BF16 are faster in bfloat16, others many times slower",
+        choices=("auto", "float32", "bfloat16"))
     profile: bool = setting(False, "write a trace of a few steps to the run's folder, print what takes time")
 
     @property

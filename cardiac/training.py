@@ -114,7 +114,7 @@ class Run:
         self.network.train()
         with self.meter.waiting():
             batch = self.task.draw(self.progress.step)
-        with mixed_precision(self.device):
+        with mixed_precision(self.device, self.settings.precision):
             losses = self.task.losses(batch)
         self.optimizer.zero_grad()
         losses["loss"].backward()

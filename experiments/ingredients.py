@@ -30,6 +30,7 @@ RUNS = {  # each with the words of the one before it, from `paper` to `strong`
     "and squared difference of the labels": (*LABELLED, "--guided", "--difference-weight", "20"),
     "and turned by 180 degrees = strong": ("--recipe", "strong"),
     "strong, twice the channels": ("--recipe", "strong", "--width", "2"),
+    "strong, steps in bfloat16": ("--recipe", "strong", "--precision", "bfloat16"),
     "strong, local NCC for the image": ("--recipe", "strong", "--similarity", "ncc", "--smoothness", "1"),
 }
 

@@ -130,6 +130,30 @@ def test_velocity_is_computed_in_float32_under_autocast():
     assert all(p.grad.isfinite().all() for p in network.parameters())
 
 
+@pytest.mark.parametrize(
+    ("device", "made_for_it", "precision", "expected"),
+    [
+        ("cpu", True, "auto", False),
+        ("cuda", True, "auto", True),
+        ("cuda", False, "auto", False),
+        ("cuda", True, "float32", False),
+        ("cuda", False, "bfloat16", True),
+        ("cpu", False, "bfloat16", True),
+        ("cpu", False, "float32", False),
+    ],
+)
+def test_precision_is_that_of_the_device_unless_it_is_named(
+    monkeypatch, device, made_for_it, precision, expected
+):
+    def supported(including_emulation):
+        return made_for_it or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    monkeypatch.setattr(torch, "autocast", lambda *words, enabled: (words, enabled))
+    found = networks.mixed_precision(torch.device(device), precision)
+    assert found == ((device, torch.bfloat16), expected)
+
+
 def test_swapping_the_slices_changes_the_velocity():
     torch.manual_seed(0)
     network, (moving, fixed, regions) = RegistrationNetwork(), pair(32, 32)

@@ -260,6 +260,19 @@ def test_averaged_weights_are_resumed_too(tmp_path, step):
     assert_equal_runs(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_steps_in_bfloat16_leave_weights_and_validation_in_float32_and_are_resumed_too(tmp_path):
+    task, kinds = Task(), set()
+    task.network.down[1].register_forward_hook(lambda module, _, out: kinds.add((module.training, out.dtype)))
+    train(tmp_path / "whole", task, precision="bfloat16")
+    assert kinds == {(True, torch.bfloat16), (False, torch.float32)}
+    weights = read_checkpoint(tmp_path / "whole" / "last.pt", CPU)["network"].values()
+    assert {each.dtype for each in weights} == {torch.float32, torch.int64}  # of batches, how many
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", signalled(6, signal.SIGINT), precision="bfloat16")
+    train(tmp_path / "parts", precision="bfloat16")
+    assert_equal_runs(tmp_path / "parts", tmp_path / "whole")
+
+
 def test_another_seed_of_the_network_would_show(tmp_path, whole):
     task = Task()
     with torch.no_grad():
