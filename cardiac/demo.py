@@ -1,6 +1,6 @@
 """The whole pipeline on a phantom whose truth is known: `python -m cardiac.demo`.
 
-Writes the phantom, runs the four scripts with settings that take a CPU ten to twenty minutes, and scores the
+Writes the phantom, runs the four scripts with settings that take a CPU four to twenty minutes, and scores the
 propagation where no public dataset can: at every frame, and in mm of displacement.
 """
 
