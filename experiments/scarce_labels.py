@@ -6,9 +6,9 @@ All labelled patients of DATA are dealt into folds; each is tested on by network
 the expert labels of ED alone (--labelled-phases ED) the registration learns from images, carries them to ES,
 and `original` (ED) and `propagated` (ED and carried ES) are trained at equal steps; `bound` is trained on the
 expert labels of both. `--patients all 5 10 25` does it for so many labelled patients as well, the others
-being unlabelled, without the `bound`; `--seeds N` trains all networks of a fold N times. Finished runs are in
-OUT/cases.csv and are not run again. Ends with the Dice at ES, and paired differences with 95 % intervals over
-patients and seeds.
+being unlabelled, without the `bound`; `--seeds N` trains all networks of a fold N times; further words go to
+both training scripts. Finished runs are in OUT/cases.csv and are not run again. Ends with the Dice at ES, and
+paired differences with 95 % intervals over patients and seeds.
 """
 
 import csv
@@ -49,16 +49,16 @@ def write_fold(data, root, fold, folds):
     return root
 
 
-def run(data, out, patients, seed, words):
+def run(data, out, patients, seed, words, others):
     """Train and score `original`, `propagated` and, with all patients labelled, `bound` on one fold from one
     seed: rows of cases.csv.
     """
     common = ["--data", data, "--cache", data.parent / "cache", "--recipe", words.recipe, "--seed", seed]
     grid = ["--size", words.size, "--spacing", words.spacing]
     few = [] if patients == "all" else ["--labelled-cases", patients]
-    budget = ["--max-steps", words.steps, "--steps-per-epoch", 100, "--channels", words.channels]
+    budget = ["--max-steps", words.steps, "--steps-per-epoch", 100, "--channels", words.channels, *others]
     carried, bound = out / "carried", out / "bound"
-    steps = ["--max-steps", words.registration_steps]
+    steps = ["--max-steps", words.registration_steps, *others]
     call(train_registration, *common, *grid, *few, *steps, "--labelled-phases", "ED", "--out", carried)
     call(propagate_labels, *common, "--out", carried)
     call(train_segmentation, *common, *budget, "--out", carried)
@@ -94,16 +94,16 @@ def main():
     what = "numbers of labelled patients to try, or all"
     parser.add_argument("--patients", nargs="+", default=["all"], help=what)
     parser.add_argument("--recipe", default="strong", choices=("paper", "strong"))
-    words = parser.parse_args()
+    words, others = parser.parse_known_args()
 
     def train(seed, fold, patients):
         place = words.out / f"fold{fold}"
         data = write_fold(words.data, place / "data", fold, words.folds)
-        return run(data, place / patients / f"seed{seed}", patients, seed, words)
+        return run(data, place / patients / f"seed{seed}", patients, seed, words, others)
 
     jobs = [{"seed": seed, "fold": fold, "patients": patients} for seed in range(words.seeds)
             for fold in range(words.folds) for patients in words.patients]
-    print_results(results(words.out / "cases.csv", COLUMNS, jobs, train, words))
+    print_results(results(words.out / "cases.csv", COLUMNS, jobs, train, words, others))
 
 
 if __name__ == "__main__":
