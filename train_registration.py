@@ -53,11 +53,12 @@ class Registration:
             "smooth": losses.diffusion(velocity),
             "overlap": losses.overlap_loss(warped[:, 1:], target, batch.labelled),
         }
-        weights = [1, self.settings.smoothness, self.settings.dice_weight]
-        if self.settings.difference_weight:
+        words = self.settings
+        weights = {"image": 1, "smooth": words.smoothness, "overlap": words.dice_weight}
+        if words.difference_weight:
             terms["difference"] = losses.difference_loss(warped[:, 1:], target, batch.labelled)
-            weights.append(self.settings.difference_weight)
-        return {"loss": sum(weight * term for weight, term in zip(weights, terms.values())), **terms}
+            weights["difference"] = words.difference_weight
+        return {"loss": sum(weight * terms[name] for name, weight in weights.items()), **terms}
 
     def similarity(self, warped, fixed):
         """The image term: mean squared error, or local normalised cross-correlation."""

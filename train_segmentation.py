@@ -57,7 +57,9 @@ class Segmentation:
         return {"loss": entropy + self.settings.dice_weight * overlap, "entropy": entropy, "overlap": overlap}
 
     def validate(self):
-        """Loss and Dice of LV, MYO and RV, by case and phase, of cases that decide; Dice of the others."""
+        """Cross-entropy, which the learning rate goes by, and Dice of LV, MYO and RV, by case and phase, of
+        cases that decide; Dice of the others.
+        """
         store, entropy, deciding, logged = self.validation, [], [], []
         for case in store.cases:
             decides = case.code not in self.logged

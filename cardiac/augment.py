@@ -52,8 +52,8 @@ def vary_intensity(generator, images, gamma=0.5, contrast=0.3, bias=0.4, blur=1.
 
     gamma: log of the largest exponent of the contrast curve; contrast: largest relative change of gain, and
     .3 of it of offset; bias: twice the largest standard deviation of the log of a smooth shading by the
-    coils, drawn 3 x 3; blur: about the standard deviation, pixels, by three taps; noise: of a Rician
-    magnitude, drawn for every pixel, last as in a scanner's chain.
+    coils, drawn 3 x 3; blur: largest standard deviation, pixels, of a Gaussian, cut to three taps; noise: of
+    a Rician magnitude, drawn for every pixel, last as in a scanner's chain.
     """
     batch, channels, height, width = images.shape
     device, whole = images.device, batch * processes()
@@ -69,8 +69,8 @@ def vary_intensity(generator, images, gamma=0.5, contrast=0.3, bias=0.4, blur=1.
     images.mul_(shading.mul_(0.5 * bias * draw[3]).exp_())
     sigma = blur * draw[4]
     tap = torch.exp(-0.5 / (sigma**2).clamp(min=1e-2))  # hearts do not reach the edge, where it wraps round
-    for shift in ((1, 0), (0, 1)):
-        before, after = (torch.roll(images, (s * shift[0], s * shift[1]), (2, 3)) for s in (-1, 1))
+    for axis in (2, 3):
+        before, after = (torch.roll(images, shift, axis) for shift in (-1, 1))
         images = before.add_(after).mul_(tap).add_(images).div_(1 + 2 * tap)
     pixels = torch.Generator(device).manual_seed(seed)  # many numbers: drawn where they are needed
     normal = torch.randn(2, whole, channels, height, width, generator=pixels, device=device)

@@ -1,6 +1,7 @@
 """Labels through time: expert labels of ED (and ES) warped to the frames between."""
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass, replace
 
 import h5py
@@ -101,12 +102,12 @@ class Propagated:
 
     def of(self, case):
         """The propagated labels of a case: {frame: (Z, S, S) uint8}, IGNORED in slices without."""
-        frames = {}
+        shape = case.slices, *self.labels.shape[1:]
+        frames = defaultdict(lambda: np.full(shape, IGNORED, np.uint8))
         for (code, frame, z), labels in zip(self.where, self.labels):
             if code == case.code:
-                empty = np.full((case.slices, *labels.shape), IGNORED, np.uint8)
-                frames.setdefault(frame, empty)[z] = labels
-        return frames
+                frames[frame][z] = labels
+        return dict(frames)
 
     @classmethod
     def read(cls, path):

@@ -52,14 +52,13 @@ def fit(task, settings, folder, device, outcome="curves.png"):
         return first and not (folder / outcome).exists()
     (folder / outcome).unlink(missing_ok=True)
     meter = run.begin()
-    profiler = contextlib.nullcontext()
-    if settings.profile and first:
-        profiler = profile_steps(folder, device, meter.bar)
+    profiling = settings.profile and first
+    profiler = profile_steps(folder, device, meter.bar) if profiling else contextlib.nullcontext()
     with deferred_signals() as leave_if_asked, meter.bar, profiler:
         while not run.finished:
             if progress.step < total:  # else interrupted within an epoch, which is now to end there
                 run.step()
-                if settings.profile and first:
+                if profiling:
                     profiler.step()
             if progress.step % settings.steps_per_epoch == 0 or progress.step >= total:
                 run.end_epoch()
@@ -105,8 +104,8 @@ class Run:
         progress.best = max(scores, default=-math.inf)
         self.meter = Meter(progress, settings.total_steps, settings.batch_size, self.device)
         if parallel.RANK == 0 and (self.folder / BEST_BEFORE).exists():
+            self.save()  # first: killed in between, last.pt no longer tells of the part of an epoch
             os.replace(self.folder / BEST_BEFORE, self.folder / "best.pt")
-            self.save()  # killed from here on, what is told of best.pt is true
         return self.meter
 
     def step(self):

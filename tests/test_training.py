@@ -145,7 +145,7 @@ class Killed(BaseException):
     """As if by SIGKILL: nothing is saved on the way out."""
 
 
-def killed():
+def killed(*_):
     raise Killed
 
 
@@ -234,6 +234,24 @@ def test_the_last_part_of_an_epoch_can_be_the_best(tmp_path):
     assert read_checkpoint(tmp_path / "best.pt", CPU)["progress"]["step"] == 8
     train(tmp_path / "worse", Task(scores=scores | {6: 0.1}), max_steps=6)
     assert read_checkpoint(tmp_path / "worse" / "best.pt", CPU)["progress"]["step"] == 4
+
+
+@pytest.mark.parametrize("place", ["save", "replace"])
+def test_a_kill_where_a_longer_run_begins_leaves_best_and_last_of_one_mind(tmp_path, monkeypatch, place):
+    scores = {4: 0.5, 6: 0.9, 0: 0.9}  # 0: of a task that validates before it has drawn anything
+    train(tmp_path, Task(scores=scores), max_steps=6)
+    replace = os.replace
+    with monkeypatch.context() as patch:
+        if place == "save":
+            patch.setattr(training.Run, "save", killed)
+        else:
+            kept = tmp_path / training.BEST_BEFORE
+            patch.setattr(os, "replace", lambda a, b: killed() if a == kept else replace(a, b))
+        with pytest.raises(Killed):
+            train(tmp_path, Task(scores=scores), max_steps=12)
+    train(tmp_path, Task(scores=scores), max_steps=6)
+    last, best = (read_checkpoint(tmp_path / name, CPU) for name in ("last.pt", "best.pt"))
+    assert (last["progress"]["best"], best["progress"]["step"]) == (0.9, 6)
 
 
 @pytest.mark.parametrize("every", [0, 1e9])
