@@ -29,10 +29,10 @@ CODE = re.compile(r"[\w-][\w.-]{0,99}", re.ASCII)
 def read_cases(root):
     """The `Dataset` in folder `root`, by its headers; InputError where there is none."""
     base = _find_base(Path(root))
-    tables = [path for path in _listing(base) if path.name.lower().endswith("opendataset.csv")]
+    tables = _tables(base) or _tables(root)  # beside the folder of the archive
     if len(tables) > 1:
-        names = joined(shown(table.name) for table in tables)
-        raise fault(base, f"{len(tables)} files match *opendataset.csv ({names}); keep one of them")
+        what = f"{len(tables)} files match *opendataset.csv ({joined(shown(path.name) for path in tables)})"
+        raise fault(tables[0].parent, f"{what}; keep one of them")
     patients = [pair for pair in _case_folders(base, ACDC_PLACES) if "patient" in pair[1].name.lower()]
     if tables:
         kind, (cases, problems, warnings) = "M&Ms", _read_mms(base, tables[0])
@@ -56,6 +56,10 @@ def _listing(folder):
         return sorted(path for path in Path(folder).iterdir() if not path.name.startswith((".", "@", "__")))
     except OSError as error:
         raise fault(folder, f"not readable as a folder ({error.strerror})") from error
+
+
+def _tables(folder):
+    return [path for path in _listing(folder) if path.name.lower().endswith("opendataset.csv")]
 
 
 def _find_base(root):

@@ -254,8 +254,11 @@ def test_good_neighbours(mms, change):
     assert load_case(case)[1][2].any()
 
 
-def test_mms_is_read_right(tmp_path):
+@pytest.mark.parametrize("table", ["in the archive's folder", "beside"])
+def test_mms_is_read_right(tmp_path, table):
     write_mms(tmp_path / "MnM" / "OpenDataset")
+    if table == "beside":
+        (tmp_path / "MnM" / "OpenDataset" / TABLE).rename(tmp_path / "MnM" / TABLE)
     dataset = read_cases(tmp_path / "MnM")
     assert (dataset.name, dataset.kind, dataset.problems) == ("MnM", "M&Ms", ())
     assert dataset.root == tmp_path / "MnM" / "OpenDataset"
