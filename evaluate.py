@@ -136,14 +136,15 @@ def finished_models(settings, device):
     models = {}
     for model in MODELS:
         folder = settings.out / "segmentation" / model
-        if not (folder / "best.pt").exists():
+        best, last, outcome = (folder / name for name in ("best.pt", "last.pt", "example.png"))
+        if not (best.exists() or last.exists()):
             continue
-        progress = restore(folder / "last.pt", device)
-        if not (folder / "example.png").exists():
+        progress = restore(last, device)
+        if not (best.exists() and outcome.exists()):
             print(f"{model}: not finished (step {progress.step}); left out")
             continue
         network = networks.SegmentationNetwork(settings.channels)
-        load_network(network, folder / "best.pt", device)
+        load_network(network, best, device)
         models[model] = networks.Mirrored(network) if settings.mirrored else network, progress
     if not models:
         folder = settings.out / "segmentation"

@@ -162,9 +162,12 @@ class Cache:
         if not held_out:
             held_out = [case.code for case in _fifth(labelled, seed)]
             why = f"no Validation{' of vendors that are trained on' if unseen else ''}; {why}"
-        unknown = set(held_out) - {case.code for case in labelled}
+        unknown = sorted(set(held_out) - {case.code for case in labelled})
         if unknown:
-            raise InputError(f"--held-out {sorted(unknown)[0]}: no labelled case of Training of {self.root}")
+            what = f"no labelled case of Training of {self.root}"
+            if any(case.code == unknown[0] and case.withheld for case in training):
+                what = "--labelled-cases withholds the labels of this one"
+            raise InputError(f"--held-out {unknown[0]}: {what}")
         validation = [case for case in labelled if case.code in held_out]
         codes = ", ".join(case.code for case in validation)
         said = f"{why}: {len(validation)} of {len(labelled)} training patients, {codes}"
@@ -216,7 +219,15 @@ def open_cache(settings):
     cached = tuple(CachedCase(**vars(known[place.pop("code")]), **place) for place in places)
     cache = Cache(file, dataset.root, dataset.name, settings.size, settings.spacing, cached, skipped)
     _report(cache)
-    return withhold(cache, vars(settings)) if hasattr(settings, "labelled_phases") else cache
+    if not hasattr(settings, "labelled_phases"):
+        return cache
+    cache = withhold(cache, vars(settings))
+    if any(case.withheld for case in cache.cases):
+        phases = settings.labelled_phases.replace("both", "ED and ES")
+        chosen = ", ".join(case.code for case in cache.split("Training") if case.labelled)
+        chosen = f"; of Training, of {chosen} alone" if settings.labelled_cases else ""
+        print(f"labels used: those of {phases}{chosen}", flush=True)
+    return cache
 
 
 def withhold(cache, settings):
@@ -291,6 +302,8 @@ def _report(cache):
         worst = max(labelled, key=lambda case: case.cropped)
         mean = sum(case.cropped for case in labelled) / len(labelled)
         line = f"labelled pixels outside the crop: {mean:.2%} on average, {worst.cropped:.2%} in {worst.code}"
-        if worst.cropped > 0.01:
+        if not worst.cropped:
+            line = "no labelled pixel outside the crop"
+        elif worst.cropped > 0.01:
             line = f"warning: {line}; take a larger --size or --spacing"
         print(f"cache: {line}", flush=True)

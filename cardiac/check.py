@@ -66,8 +66,11 @@ def summary(dataset, cases, volumes):
         yield "labels     none"
         return
     wraps = sum(case.es < case.ed for case in labelled)
-    skipped = _range((case.es - case.ed - 1) % case.shape[3] for case in labelled)
-    yield f"labels     {len(labelled)} cases; {skipped} frames between ED and ES; ED after ES in {wraps}"
+    unlabelled = [(case.es - case.ed - 1) % case.shape[3] for case in labelled]
+    text = f"labels     {len(labelled)} cases; {_range(unlabelled)} frames between ED and ES"
+    yield f"{text}; ED has the higher number in {wraps}"
+    if not any(unlabelled):
+        yield "           nothing to propagate to, unless --labelled-phases treats ED or ES as unknown"
     for phase in ("ED", "ES"):
         ml = {region: _range(v[phase, region] for v in volumes if v) for region in LABELS}
         yield f"volume     {phase}: " + ", ".join(f"{region} {values} ml" for region, values in ml.items())

@@ -241,10 +241,11 @@ class Results:
             return ""
         found = self.comparison[0]
         gain, low, high = (number(found[name], "+.4f") for name in ("mean_difference", "low", "high"))
+        text = f"propagated - original: mean Dice of a patient {gain}"
         if not low:  # not defined for a single patient
-            return f"propagated - original: mean Dice {gain}, {found['n']} patient"
-        return (f"propagated - original: mean Dice {gain} (95 % interval {low} to {high}, bootstrap over "
-                f"{found['n']} patients, one training each; Wilcoxon {p_text(found['p'])})")
+            return f"{text}, {counted(found['n'], 'patient')}"
+        return (f"{text} (95 % interval {low} to {high}, bootstrap over {found['n']} patients, one training "
+                f"each; Wilcoxon {p_text(found['p'])})")
 
 
 def table_row(model, rows, score="dice"):
@@ -321,6 +322,12 @@ def aligned(lines, markdown=False):
 def counted(count, noun):
     """A number of things in words."""
     return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def in_words(quantity):
+    """A clinical quantity, "LV_EF_percent", as "LV EF, %"."""
+    name, _, unit = quantity.replace("percent", "%").rpartition("_")
+    return f"{name.replace('_', ' ')}, {unit}"
 
 
 def p_text(p):

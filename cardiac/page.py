@@ -17,7 +17,7 @@ from PIL import Image
 
 from cardiac import LABELS, REGIONS
 from cardiac.cases import VENDORS, load_case
-from cardiac.evaluation import FAILURE, MODELS, mean, number, p_text
+from cardiac.evaluation import FAILURE, MODELS, counted, in_words, mean, number, p_text
 from cardiac.files import write_text
 from cardiac.preprocessing import intensity_window
 from cardiac.propagation import Propagated
@@ -92,9 +92,10 @@ def _summary(results):
     cards = {f"Dice, {row['model']}": number(row["total"]) for row in results.table}
     if results.comparison:
         _, n, gain, interval, p = _comparison(results)[1]
-        cards |= {"gain in Dice of a patient": gain, "95 % interval of the gain": interval}
-        cards[f"Wilcoxon, {n} patients"] = p
-    cards["failures"] = str(len(results.failures))
+        cards["gain in Dice of a patient"] = gain
+        if interval:
+            cards |= {"95 % interval of the gain": interval, f"Wilcoxon, {n} patients": p}
+    cards["regions in one mask alone"] = str(len(results.failures))
     boxes = "".join(f"<div><b>{escape(value)}</b>{escape(name)}</div>" for name, value in cards.items())
     labels = {"original": results.labels, "propagated": f"{results.labels}, and propagated labels"}
     lines = [["network", "trained on", "dataset", "steps", "validation Dice", "slices"]]
@@ -105,7 +106,7 @@ def _summary(results):
         lines.append([model, labels[model], data, str(run["steps"]), number(run["best"]), grid])
     vendors = [case.vendor for case in results.cases]
     counts = ", ".join(f"{vendors.count(v)} {v} ({VENDORS[v]})" for v in VENDORS if v in vendors)
-    text = f"<p class=soft>{len(vendors)} cases by vendor: {escape(counts)}.</p>"
+    text = f"<p class=soft>{counted(len(vendors), 'case')} by vendor: {escape(counts)}.</p>"
     return f'<div class="cards">{boxes}</div>{_table(lines)}{text}'
 
 
@@ -124,7 +125,7 @@ def _agreement(results):
     for row in results.agreement:
         bias, low, high = (number(row[name], "+.1f") for name in ("bias", "loa_low", "loa_high"))
         rest = [number(row["mae"], ".1f"), number(row["r"], ".2f"), str(row["n"])]
-        name, limits = row["quantity"].replace("_", " "), low and f"{low} to {high}"
+        name, limits = in_words(row["quantity"]), low and f"{low} to {high}"
         lines.append([name, row["model"], bias, limits, *rest])
     return _table(lines)
 

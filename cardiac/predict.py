@@ -10,7 +10,7 @@ from tqdm import tqdm
 from cardiac import LABELS, REGIONS
 from cardiac.checkpoint import weights_digest
 from cardiac.evaluation import heart_function, regions_on_own_grid
-from cardiac.files import InputError, read_json, shown, write_csv, write_json
+from cardiac.files import InputError, fault, read_json, shown, write_csv, write_json
 from cardiac.metrics import largest_component, volume_ml
 from cardiac.nifti import read_header, read_image, spacing_of, write_labels
 from cardiac.preprocessing import most_likely, to_slices
@@ -72,7 +72,7 @@ def predict_scans(scans, model, network, progress, settings, device):
 
         def skip(error):
             if not settings.skip_bad:
-                way_out = "; or leave it out with --skip-bad" if len(scans) > 1 else ""
+                way_out = "; --skip-bad leaves it out" if len(scans) > 1 else ""
                 raise InputError(f"{error}{way_out}") from error
             skipped.append(error)
             tqdm.write(f"skipped: {error}")
@@ -150,6 +150,8 @@ def predict_scan(folder, file, network, settings, device):
     exactly as for the cache.
     """
     header, image = read_header(file, (3, 4)), read_image(file, (3, 4))
+    if image.dtype.kind in "iu" and image.min() >= 0 and image.max() <= len(LABELS):
+        raise fault(file, f"no voxel is larger than {len(LABELS)}: labels, not an image; give the image")
     spacing, dimensions = spacing_of(header, file), image.ndim
     image = image.reshape(*image.shape[:3], -1)
     slices, grid = to_slices(image, spacing, settings.size, settings.spacing, settings.crop)

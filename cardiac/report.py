@@ -5,13 +5,15 @@ import io
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from PIL import Image
 
 from cardiac import LABELS, REGIONS
 from cardiac.cases import load_case
-from cardiac.evaluation import mean, number, prediction_path
+from cardiac.evaluation import in_words, mean, number, prediction_path
 from cardiac.files import read_csv, replacing, write_bytes
 from cardiac.losses import IGNORED
 from cardiac.networks import register, segment
@@ -32,14 +34,18 @@ def save_figure(figure, path):
 
 
 def show_slice(axes, image, labels=None, title=None, **options):
-    """Draw a slice (X, Y) as a viewer does, X to the right and Y down, with contours of its labels."""
+    """Draw a slice (X, Y) as a viewer does, X to the right and Y down, with contours of its labels.
+
+    Returns matplotlib's image, for a colour bar.
+    """
     axes.set(xticks=[], yticks=[])  # not seen, but laid out, in a third of the time of a figure
-    axes.imshow(image.T, cmap=options.pop("cmap", "gray"), interpolation="nearest", **options)
+    drawn = axes.imshow(image.T, cmap=options.pop("cmap", "gray"), interpolation="nearest", **options)
     if labels is not None:
         draw_contours(axes, labels)
     axes.set_axis_off()
     if title:
         axes.set_title(title, fontsize=8)
+    return drawn
 
 
 def draw_contours(axes, labels, **options):
@@ -47,7 +53,16 @@ def draw_contours(axes, labels, **options):
     for region in reversed(REGIONS):
         mask = (labels == LABELS[region]).T
         if mask.any() and not mask.all():
-            axes.contour(mask, [0.5], colors=COLOURS[region], **{"linewidths": 1, **options})
+            lines = axes.contour(mask, [0.5], colors=COLOURS[region], **{"linewidths": 1, **options})
+            # to be seen on bright blood
+            lines.set_path_effects([withStroke(linewidth=2.2, foreground="black", alpha=0.35)])
+
+
+def draw_legend(figure, others=None, **options):
+    """A legend of the regions' colours below a figure, and of `others`, {label: style of a line}."""
+    lines = {region: {"color": colour} for region, colour in COLOURS.items()} | (others or {})
+    handles = [Line2D([], [], label=label, **style) for label, style in lines.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8, **options)
 
 
 def draw_curves(folder):
@@ -61,8 +76,10 @@ def draw_curves(folder):
         values = [float(row[name] or "nan") for row in rows]
         axes = right if "dice" in name else left
         axes.plot(steps, values, ".-", label=name.replace("_", " "), linewidth=1, markersize=3)
-    left.set(xlabel="step", ylabel="loss", yscale="log")
+    left.set(xlabel="step", ylabel="loss, its terms without their weights", yscale="log")
     right.set(xlabel="step", ylabel="validation Dice")
+    low, high = right.get_ylim()
+    right.set_ylim(min(low, high - 0.05), high)  # a thousandth is not to look like a leap
     for axes in (left, right):
         if axes.lines:  # without labels of both phases the registration has no Dice
             axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
@@ -73,7 +90,7 @@ def draw_curves(folder):
 def draw_registration(path, network, store, count=4):
     """example.png: middle slices of `count` cases: moving, fixed, warped, differences, grid, Jacobian."""
     cases = _spread(store.cases, count)
-    figure = Figure((14, 2.15 * len(cases)), layout="constrained")
+    figure = Figure((14, 2.15 * len(cases) + 0.7), layout="constrained")
     grid = figure.subplots(len(cases), 7, squeeze=False)
     for axes, case in zip(grid, cases):
         z = case.slices // 2
@@ -89,10 +106,17 @@ def draw_registration(path, network, store, count=4):
         show_slice(axes[1], fixed, target, "fixed (ES)", **grey)
         show_slice(axes[2], warped, target, "warped, ES contours", **grey)
         show_slice(axes[3], moving - fixed, None, "moving - fixed", **change)
-        show_slice(axes[4], warped - fixed, None, "warped - fixed", **change)
+        difference = show_slice(axes[4], warped - fixed, None, "warped - fixed", **change)
         show_slice(axes[5], moving, None, "where warped is sampled", **grey)
         _draw_grid(axes[5], displacement[0].cpu().numpy())
-        show_slice(axes[6], determinant, None, "det J (white: 1)", cmap="PuOr", vmin=0, vmax=2)
+        logarithm = np.log2(determinant.clip(min=1e-6))  # a fold is as dark as the colours go
+        growth = show_slice(axes[6], logarithm, None, "log2 det J", cmap="PuOr", vmin=-2, vmax=2)
+    for drawn, columns, text in ((difference, grid[:, 3:5], "of the intensity window"),
+                                 (growth, grid[:, 6:], "shrinks to ES where > 0")):
+        bar = figure.colorbar(drawn, ax=columns, location="bottom", aspect=20, pad=0.02, shrink=0.8)
+        bar.set_label(text, fontsize=8)
+        bar.ax.tick_params(labelsize=8)
+    draw_legend(figure)
     save_figure(figure, path)
 
 
@@ -114,6 +138,7 @@ def draw_segmentation(path, network, store, count=4):
             image = image[0, 0].cpu().numpy()
             show_slice(axes[2 * k], image, labels, f"{case.code} {phase}: expert", vmin=0, vmax=1)
             show_slice(axes[2 * k + 1], image, prediction, "network", vmin=0, vmax=1)
+    draw_legend(figure)
     save_figure(figure, path)
 
 
@@ -131,7 +156,8 @@ def draw_dice(path, results):
                 scores = [r["dice"] for r in results.rows if place <= r.items() and not np.isnan(r["dice"])]
                 spread = x + np.linspace(-0.1, 0.1, len(scores))
                 axes.plot(spread, scores, "o", markersize=3, alpha=0.6, markeredgewidth=0, **style)
-                axes.boxplot(scores, positions=[x], widths=0.34, showfliers=False, whis=(0, 100), **boxes)
+                if len(scores) >= 5:  # of fewer the points tell all
+                    axes.boxplot(scores, positions=[x], widths=0.34, showfliers=False, whis=(0, 100), **boxes)
         axes.set_xticks(range(len(vendors)), [results.starred(vendor) for vendor in vendors])
         axes.set(title=region, xlabel="vendor", ylim=(-0.02, 1.02))
         axes.grid(axis="y", alpha=0.3)
@@ -158,11 +184,11 @@ def draw_bland_altman(path, results):
             axes.axhline(0, color="black", linewidth=0.4, alpha=0.5)
             axes.margins(0.12, 0.15)
             bias, low, high = (number(found[name], "+.1f") for name in ("bias", "loa_low", "loa_high"))
-            title = f"{quantity}\nbias {bias}" + (f" [{low}, {high}]" if low else "")
+            title = f"{in_words(quantity)}\nbias {bias}" + (f" [{low}, {high}]" if low else "")
             if "EF" in quantity:
                 outside = np.count_nonzero(np.abs(difference) > 110)
-                title += f", {outside} outside" if outside else ""
-            axes.set_title(title.replace("_", " "), fontsize=9)
+                title += f", {outside} beyond the axes" if outside else ""
+            axes.set_title(title, fontsize=9)
             axes.set_ylabel(f"{model} - expert", fontsize=9)
             axes.set_xlabel("mean of both", fontsize=9)
             axes.spines[["top", "right"]].set_visible(False)
@@ -200,10 +226,7 @@ def draw_overlays(folder, results):
                 show_slice(axes, plane, expert, f"{phase}, slice {z}", **look)
                 draw_contours(axes, prediction[..., z, frame][box], linestyles="dashed", linewidths=1.6)
             line[0].set_title(f"{rank}: {code}, Dice {scores[code]:.3f}\n{line[0].get_title()}", fontsize=8)
-        lines = {region: {"color": colour} for region, colour in COLOURS.items()}
-        lines |= {"expert": {"color": "gray"}, model: {"color": "gray", "linestyle": "--"}}
-        handles = [Line2D([], [], label=label, **style) for label, style in lines.items()]
-        figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+        draw_legend(figure, {"expert": {"color": "gray"}, model: {"color": "gray", "linestyle": "--"}})
         save_figure(figure, folder / f"overlays_{model}.png")
 
 
@@ -230,18 +253,35 @@ def draw_cine(path, cache, cases, propagated):
     shown = np.unique(np.linspace(0.25, 0.75, 3) * (case.slices - 1) + 0.5).astype(int)
     pictures = []
     for frame, (images, labels) in frames.items():
-        figure = Figure((2.4 * len(shown), 2.7), dpi=100, layout="constrained", facecolor="black")
+        figure = Figure((2.4 * len(shown), 3.0), dpi=100, layout="constrained", facecolor="black")
         for axes, z in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
             show_slice(axes, images[z], labels[z], vmin=0, vmax=1)
             axes.set_title(f"slice {z}", fontsize=8, color="white")
         expert = [f"{phase}, expert" for phase, at in case.phases.items() if at == frame in case.expert]
         kind = expert[0] if expert else "propagated"
         figure.suptitle(f"{case.code}  frame {frame}  ({kind})", fontsize=9, color="white")
+        draw_legend(figure, labelcolor="white")
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-        pictures.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
+        picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+        pictures.append(picture.quantize(palette=_palette(), dither=Image.Dither.NONE))
+    first, *others = pictures
+    pace = {"duration": 120 if len(pictures) > 4 else 700, "loop": 0}  # ms: ED and ES alone take longer
     with replacing(path) as temporary:
-        pictures[0].save(temporary, "GIF", save_all=True, append_images=pictures[1:], duration=120, loop=0)
+        first.save(temporary, "GIF", save_all=True, append_images=others, **pace)
+
+
+def _palette():
+    """256 colours of a GIF: greys, and those of the regions from black to white. Chosen by how often they
+    occur, none would be left for a thin contour.
+    """
+    colours = [to_rgb(colour) for colour in COLOURS.values()]
+    shades = [np.linspace(0, 1, 256 - 32 * len(colours))[:, None] * np.ones(3)]
+    for colour in colours:
+        shades += [np.linspace((0, 0, 0), colour, 16), np.linspace(colour, (1, 1, 1), 16)]
+    image = Image.new("P", (1, 1))
+    image.putpalette(np.uint8(255 * np.concatenate(shades)).tobytes())
+    return image
 
 
 def median_case(cases, propagated):
@@ -266,7 +306,7 @@ def labelled_cine(cache, case, propagated):
 def quality_lines(path):
     """The registration's quality.csv, in 3-D on own grids, as rows of text: a line a split and region."""
     rows = read_csv(path)
-    lines = [["ED -> ES", "cases", "Dice", "warped", "HD95 mm", "warped", "folding %"]]
+    lines = [["ED -> ES", "cases", "Dice before", "after", "HD95 mm before", "after", "folding %"]]
     names = [f"{score}_{when}" for score in ("dice", "hd95_mm") for when in ("before", "after")]
     forms = dict(zip((*names, "folding_percent"), (".3f", ".3f", ".1f", ".1f", ".4f")))
     for split in dict.fromkeys(row["split"] for row in rows):

@@ -288,7 +288,8 @@ def _merge(settings, known, stored, folder, written):
         elif value != stored[name] and name not in may_differ:
             what = "leave it away, start anew with --overwrite," if written else "leave it away"
             what = "make one of them anew with --overwrite," if giver else what
+            elsewhere = "choose another --out" if written or giver else "begin with it in another --out"
             pair = value, stored[name]
             here, there = (f"no {flag}" if each is None else f"{flag} {each}" for each in pair)
             what = f"{here}{giver} contradicts {there} of {folder}; {what}"
-            raise InputError(f"{what} or choose another --out")
+            raise InputError(f"{what} or {elsewhere}")

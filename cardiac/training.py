@@ -86,6 +86,9 @@ class Run:
         self.progress = Progress()
         if (folder / "last.pt").exists():
             self.progress = restore(folder / "last.pt", device, **self.parts)
+            if self.progress.rows and not (folder / "best.pt").exists():
+                what = "missing; put it back, or start anew with --overwrite"
+                raise InputError(f"{folder / 'best.pt'}: {what}")
 
     @property
     def finished(self):
@@ -138,7 +141,7 @@ class Run:
             self.schedule.step(scores["val_loss"])
             self.meter.restart()
         best = self.folder / "best.pt"
-        if scores["score"] > progress.best or not best.exists():  # NaN is neither
+        if scores["score"] > progress.best or not best.exists():  # NaN is neither; there is none at first
             if parallel.RANK == 0 and not whole and len(progress.rows) > 1:
                 write_bytes(self.folder / BEST_BEFORE, best.read_bytes())
             progress.best = max(progress.best, scores["score"])
@@ -265,7 +268,7 @@ class Meter:
         elif done == 2 * READ_EVERY and self.progress.step < self.bar.total:
             seconds, left = (self.clock - self.begun) / READ_EVERY, self.bar.total - self.progress.step
             speed, memory = self.batch_size / seconds, peak_memory(self.device) / 1e9
-            self.bar.write(f"about {left * seconds / 60:.1f} minutes for {left} more steps, "
+            self.bar.write(f"about {_duration(left * seconds / 60)} for {left} more steps, "
                            f"{speed:.0f} samples/s, peak memory {memory:.1f} GB")
 
     def read(self):
@@ -303,6 +306,13 @@ class Meter:
         self.bar.set_postfix(shown | {name: f"{value:.3f}" for name, value in self.scores.items()})
 
 
+def _duration(minutes):
+    """Minutes in words, with no more digits than an estimate has."""
+    if minutes < 100:
+        return f"{minutes:.0f} minutes" if minutes >= 1.5 else "a minute"
+    return f"{minutes / 60:.1f} hours"
+
+
 def profile_steps(folder, device, bar):
     """A profiler of five steps, a few after the start; writes `folder`/trace.json and prints what takes time.
 
@@ -317,7 +327,9 @@ def profile_steps(folder, device, bar):
         bar.write(f"{table}\n{folder / 'trace.json'}: five steps, for https://ui.perfetto.dev")
 
     steps = torch.profiler.schedule(wait=3, warmup=2, active=5, repeat=1)
-    return torch.profiler.profile(schedule=steps, on_trace_ready=report, acc_events=True)
+    kinds = torch.profiler.ProfilerActivity
+    watched = [kinds.CPU, kinds.CUDA] if device.type == "cuda" else [kinds.CPU]  # else it looks for a card
+    return torch.profiler.profile(activities=watched, schedule=steps, on_trace_ready=report, acc_events=True)
 
 
 def peak_memory(device):

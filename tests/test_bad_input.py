@@ -342,6 +342,14 @@ def test_a_pickle_is_not_executed(run, refused, tmp_path, monkeypatch, module, n
     assert not (tmp_path / "executed").exists()
 
 
+def test_a_missing_best_checkpoint_is_said_and_not_passed_over(run, refused, capsys):
+    best = run.out / "segmentation" / "original" / "best.pt"
+    best.unlink()
+    refused(run(train_segmentation), best, "missing; put it back, or start anew with --overwrite")
+    assert run(evaluate) == 0
+    assert "original: not finished" in capsys.readouterr().out
+
+
 def test_a_checkpoint_that_unpacks_to_more_than_it_is(trained_run, tmp_path):
     source, packed = trained_run[1] / "registration" / "last.pt", tmp_path / "packed.pt"
     with zipfile.ZipFile(source) as good, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as bad:
@@ -490,7 +498,7 @@ def process(module, *words):
 
 PROCESSES = [
     (train_registration, ["--size", "100"], "--size 100"),
-    (propagate_labels, [], "best.pt: there is no such checkpoint; run the training script before"),
+    (propagate_labels, [], "best.pt: there is no such checkpoint; run train_registration.py before"),
     (train_segmentation, [], "there are no propagated labels; run propagate_labels.py before"),
     (evaluate, [], "no finished model; run train_segmentation.py before"),
 ]

@@ -419,6 +419,9 @@ def test_who_was_held_out_stays_held_out_when_a_validation_comes(capsys):
         split(*patients, held_out=[])
     with pytest.raises(InputError, match="--held-out VA: no labelled case of Training"):
         split(*patients, *came, held_out=["T1", "VA"])
+    hidden = dataclasses.replace(patients[0], withheld=(None,))
+    with pytest.raises(InputError, match="--held-out T0: --labelled-cases withholds the labels of this one"):
+        split(hidden, *patients[1:], held_out=["T0", "T1"])
 
 
 def test_validation_of_unseen_vendors_alone_decides_nothing():

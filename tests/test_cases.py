@@ -382,6 +382,14 @@ def test_check_lists_everything_at_once(mms, capsys):
     assert "2 good cases, 4 problems" in out
 
 
+def test_check_says_where_nothing_can_be_propagated(tmp_path, capsys):
+    write_acdc(tmp_path, shape=(40, 36, 3, 2), es=1)
+    assert check(["--data", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "0 frames between ED and ES; ED has the higher number in 0\n" in out
+    assert "nothing to propagate to, unless --labelled-phases" in out
+
+
 def test_check_without_a_good_case(tmp_path, capsys):
     write_mms(tmp_path, CASES[:1])
     files(tmp_path)[0].unlink()

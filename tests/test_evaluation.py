@@ -541,6 +541,12 @@ def test_predict_anew_goes_on_without_overwrite(run, monkeypatch, capsys):
     assert run(*words, "--overwrite", data=None) == 0, "a damaged one, too"
 
 
+def test_predict_does_not_take_labels_for_an_image(run, tmp_path, capsys):
+    write_nifti(tmp_path / "A_sa_gt.nii.gz", heart((45, 37, 3, 2), 0, 1)[1])
+    assert run("--predict", tmp_path / "A_sa_gt.nii.gz", data=None) == 2
+    assert "A_sa_gt.nii.gz: no voxel is larger than 3: labels, not an image" in capsys.readouterr().err
+
+
 def test_predict_three_dimensions_and_twice(run, tmp_path, capsys):
     image, _ = heart((45, 37, 3, 2), 0, 1)
     write_nifti(tmp_path / "in" / "still.nii.gz", image[..., 0])

@@ -9,13 +9,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
+from PIL import Image
 
 import evaluate
 from cardiac import page
 from cardiac.cache import open_cache
 from cardiac.files import read_csv
 from cardiac.propagation import Propagated
-from cardiac.report import heart_box
+from cardiac.report import COLOURS, draw_cine, heart_box
 from cardiac.settings import PropagationSettings
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -160,6 +162,20 @@ def test_outline_of_one_pixel_and_of_two_parts():
     mask[3, 0] = True
     assert page._outline(mask).count("M") == 2
     assert page._outline(np.zeros((4, 5), bool)) == ""
+
+
+def test_a_cine_keeps_the_colours_of_the_regions(tiny_data, tmp_path):
+    words = {"size": 32, "spacing": 2.0, "workers": 1}
+    cache = open_cache(PropagationSettings(data=tiny_data, cache=tmp_path, **words))
+    cases = [case for case in cache.split("Training") if case.labelled]
+    nothing = Propagated(np.zeros((0, 32, 32), np.uint8), [], np.zeros(0))
+    draw_cine(tmp_path / "cine.gif", cache, cases, nothing)
+    with Image.open(tmp_path / "cine.gif") as gif:
+        assert (gif.n_frames, gif.info["duration"]) == (2, 700), "ED and ES alone, not to flicker"
+        pixels = np.asarray(gif.convert("RGB")).reshape(-1, 3).astype(int)
+    for region, colour in COLOURS.items():
+        difference = np.abs(pixels - 255 * np.array(to_rgb(colour))).max(1)
+        assert (difference <= 2).sum() > 10, region
 
 
 def test_heart_box_has_its_margin_and_stays_inside():

@@ -100,7 +100,9 @@ def test_so_many_patients_keep_their_labels(tiny_data, tmp_path, capsys):
     assert chosen == {"A0A0A0", "B0B0B0"}, "chosen by seed, one at a time"
     assert labelled(labelled_cases=2) == labelled() == {"A0A0A0", "B0B0B0"}
 
+    capsys.readouterr()
     (kept,) = labelled(labelled_cases=1)
+    assert f"labels used: those of ED and ES; of Training, of {kept} alone\n" in capsys.readouterr().out
     shutil.copytree(tiny_data, tmp_path / "spoilt" / "MnM")
     for phase in ("ED", "ES"):
         spoil(tmp_path / "spoilt" / "MnM", phase, keep=(kept, "D1A1A1", "D2C2C2"))

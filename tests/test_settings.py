@@ -229,7 +229,7 @@ def test_overwrite_forgets_the_run_but_not_the_scripts_before(tmp_path):
     assert later(SegmentationSettings, tmp_path, **words).lr == 0.5
     anew = later(SegmentationSettings, tmp_path, "--overwrite", "--lr", "0.25", **words)
     assert (anew.lr, anew.size) == (0.25, 64)
-    with pytest.raises(InputError, match="contradicts .*; leave it away or choose another --out"):
+    with pytest.raises(InputError, match="contradicts .*; leave it away or begin with it in another --out"):
         later(SegmentationSettings, tmp_path, "--overwrite", "--size", "32", **words)
 
 

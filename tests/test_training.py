@@ -547,7 +547,7 @@ def test_a_truncated_checkpoint_is_one_clear_line(tmp_path, whole, share):
 
 
 def test_without_a_checkpoint_the_script_to_run_before_is_named(tmp_path):
-    with pytest.raises(InputError, match="run the training script before"):
+    with pytest.raises(InputError, match="run train_segmentation.py --labels"):
         load_network(SegmentationNetwork(1), tmp_path / "best.pt", CPU)
 
 
