@@ -184,10 +184,9 @@ def draw_bland_altman(path, results):
             axes.axhline(0, color="black", linewidth=0.4, alpha=0.5)
             axes.margins(0.12, 0.15)
             bias, low, high = (number(found[name], "+.1f") for name in ("bias", "loa_low", "loa_high"))
-            title = f"{in_words(quantity)}\nbias {bias}" + (f" [{low}, {high}]" if low else "")
-            if "EF" in quantity:
-                outside = np.count_nonzero(np.abs(difference) > 110)
-                title += f", {outside} beyond the axes" if outside else ""
+            outside = np.count_nonzero(np.abs(difference) > 110) if "EF" in quantity else 0
+            title = in_words(quantity) + (f"; {outside} not shown" if outside else "")
+            title += f"\nbias {bias}" + (f" [{low}, {high}]" if low else "")
             axes.set_title(title, fontsize=9)
             axes.set_ylabel(f"{model} - expert", fontsize=9)
             axes.set_xlabel("mean of both", fontsize=9)
