@@ -250,7 +250,7 @@ def draw_cine(path, cache, cases, propagated):
     case = median_case(cases, propagated)
     frames = labelled_cine(cache, case, propagated)
     shown = np.unique(np.linspace(0.25, 0.75, 3) * (case.slices - 1) + 0.5).astype(int)
-    pictures = []
+    pictures, palette = [], _palette()
     for frame, (images, labels) in frames.items():
         figure = Figure((2.4 * len(shown), 3.0), dpi=100, layout="constrained", facecolor="black")
         for axes, z in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
@@ -263,7 +263,7 @@ def draw_cine(path, cache, cases, propagated):
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
-        pictures.append(picture.quantize(palette=_palette(), dither=Image.Dither.NONE))
+        pictures.append(picture.quantize(palette=palette, dither=Image.Dither.NONE))
     first, *others = pictures
     pace = {"duration": 120 if len(pictures) > 4 else 700, "loop": 0}  # ms: ED and ES alone take longer
     with replacing(path) as temporary:

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from cardiac import parallel
-from cardiac.checkpoint import Progress, restore, write_checkpoint
+from cardiac.checkpoint import Progress, restore, trained_by, write_checkpoint
 from cardiac.files import InputError, replacing, write_bytes, write_csv
 from cardiac.networks import mixed_precision
 from cardiac.run import amend_config, deferred_signals
@@ -86,9 +86,10 @@ class Run:
         self.progress = Progress()
         if (folder / "last.pt").exists():
             self.progress = restore(folder / "last.pt", device, **self.parts)
-            if self.progress.rows and not (folder / "best.pt").exists():
-                what = "missing; put it back, or start anew with --overwrite"
-                raise InputError(f"{folder / 'best.pt'}: {what}")
+            best = folder / "best.pt"
+            if self.progress.rows and not best.exists():
+                anew = f"{trained_by(best)} --overwrite trains anew"
+                raise InputError(f"{best}: missing; put it back, or {anew}")
 
     @property
     def finished(self):

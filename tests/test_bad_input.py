@@ -345,7 +345,8 @@ def test_a_pickle_is_not_executed(run, refused, tmp_path, monkeypatch, module, n
 def test_a_missing_best_checkpoint_is_said_and_not_passed_over(run, refused, capsys):
     best = run.out / "segmentation" / "original" / "best.pt"
     best.unlink()
-    refused(run(train_segmentation), best, "missing; put it back, or start anew with --overwrite")
+    anew = "train_segmentation.py --labels original --overwrite trains anew"
+    refused(run(train_segmentation), best, f"missing; put it back, or {anew}")
     assert run(evaluate) == 0
     assert "original: not finished" in capsys.readouterr().out
 
