@@ -8,7 +8,7 @@ import zipfile
 
 import torch
 
-from cardiac.files import InputError, digest, write_bytes
+from cardiac.files import InputError, digest, made_by, write_bytes
 
 
 @dataclasses.dataclass
@@ -35,7 +35,7 @@ def read_checkpoint(path, device):
     Raises InputError where there is none or it is not one.
     """
     if not path.exists():
-        raise InputError(f"{path}: there is no such checkpoint; run {trained_by(path)} before")
+        raise InputError(f"{path}: there is no such checkpoint; run {made_by(path)} before")
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
@@ -47,14 +47,8 @@ def read_checkpoint(path, device):
     except Exception as error:  # a broken or hostile file can raise anything; none of it is worth a traceback
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         what = f"not a checkpoint of this program ({reason})"
-        raise InputError(f"{path}: {what}; {trained_by(path)} --overwrite trains anew") from error
+        raise InputError(f"{path}: {what}; {made_by(path)} --overwrite trains anew") from error
     return state
-
-
-def trained_by(path):
-    """The words that make the run of a checkpoint, and no other."""
-    name = path.parent.name
-    return "train_registration.py" if name == "registration" else f"train_segmentation.py --labels {name}"
 
 
 def restore(path, device, **parts):
@@ -65,7 +59,7 @@ def restore(path, device, **parts):
             part.load_state_dict(state[name])
         except Exception as error:  # as above
             what = f"its {name} is of another architecture (another --channels?)"
-            raise InputError(f"{path}: {what}; {trained_by(path)} --overwrite trains anew") from error
+            raise InputError(f"{path}: {what}; {made_by(path)} --overwrite trains anew") from error
     return Progress(**state["progress"])
 
 

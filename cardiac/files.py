@@ -133,6 +133,15 @@ def write_text(path, text):
     write_bytes(path, text.encode())
 
 
+def made_by(path):
+    """The command that makes the run that the file at `path` belongs to, and no other."""
+    folder = Path(path).parent
+    if folder.parent.name == "segmentation":
+        return f"train_segmentation.py --labels {folder.name}"
+    scripts = {"registration": "train_registration.py", "propagation": "propagate_labels.py"}
+    return scripts.get(folder.name, "evaluate.py")
+
+
 def write_json(path, value):
     """Write a JSON value, indented, keys in the order given; NaN, which JSON lacks, as null."""
     text = json.dumps(value, default=str)
@@ -148,7 +157,8 @@ def read_json(path):
             raise ValueError("not an object")
         return value
     except (ValueError, OSError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); remove it or --overwrite") from error
+        what = f"not readable as JSON ({error}); {made_by(path)} --overwrite makes it anew"
+        raise InputError(f"{path}: {what}") from error
 
 
 def write_csv(path, columns, rows):

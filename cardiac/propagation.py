@@ -13,7 +13,7 @@ from scipy.ndimage import distance_transform_edt
 from cardiac import LABELS, REGIONS, trust
 from cardiac.cases import load_labels
 from cardiac.checkpoint import load_network
-from cardiac.files import InputError, digest, hdf5_dataset, read_json, writing_hdf5
+from cardiac.files import InputError, digest, hdf5_dataset, made_by, read_json, writing_hdf5
 from cardiac.losses import IGNORED, box_mean, one_hot, region_dice
 from cardiac.metrics import score_case
 from cardiac.networks import RegistrationNetwork, Turned, displacements, refine, register, velocities
@@ -35,7 +35,9 @@ def load_registration(out, device):
     settings = trained.get("settings", {})
     width = settings.get("width", 1)
     if width not in range(1, WIDEST + 1):
-        raise InputError(f"{folder / 'config.json'}: width {width} makes no sense; start with --overwrite")
+        config = folder / "config.json"
+        what = f"width {width} makes no sense; {made_by(config)} --overwrite trains anew"
+        raise InputError(f"{config}: {what}")
     network = RegistrationNetwork(settings.get("guided", False), int(width))
     progress = load_network(network, folder / "best.pt", device)
     return Turned(network).eval() if settings.get("turned", False) else network, progress

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from cardiac.files import InputError, Parser, read_json
+from cardiac.files import InputError, Parser, made_by, read_json
 from cardiac.parallel import processes
 
 WIDEST = 16  # times VoxelMorph's channels
@@ -267,7 +267,7 @@ def _stored(folder):
         return {}
     stored = read_json(config)
     if not isinstance(stored.get("settings"), dict):
-        raise InputError(f"{config}: not the settings of a run; remove it or start with --overwrite")
+        raise InputError(f"{config}: not the settings of a run; {made_by(config)} --overwrite makes it anew")
     return stored["settings"]
 
 

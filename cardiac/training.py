@@ -23,8 +23,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from cardiac import parallel
-from cardiac.checkpoint import Progress, restore, trained_by, write_checkpoint
-from cardiac.files import InputError, replacing, write_bytes, write_csv
+from cardiac.checkpoint import Progress, restore, write_checkpoint
+from cardiac.files import InputError, made_by, replacing, write_bytes, write_csv
 from cardiac.networks import mixed_precision
 from cardiac.run import amend_config, deferred_signals
 
@@ -88,7 +88,7 @@ class Run:
             self.progress = restore(folder / "last.pt", device, **self.parts)
             best = folder / "best.pt"
             if self.progress.rows and not best.exists():
-                anew = f"{trained_by(best)} --overwrite trains anew"
+                anew = f"{made_by(best)} --overwrite trains anew"
                 raise InputError(f"{best}: missing; put it back, or {anew}")
 
     @property

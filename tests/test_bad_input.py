@@ -314,6 +314,26 @@ def test_a_config_of_a_stranger(run, refused, value):
     refused(run(propagate_labels), run.out)
 
 
+@pytest.mark.parametrize("text", ["{", '{"settings": 1}'])
+@pytest.mark.parametrize(
+    ("place", "reader", "writer", "words"),
+    [
+        ("registration", propagate_labels, train_registration, []),
+        ("propagation", propagate_labels, propagate_labels, []),
+        ("segmentation/original", evaluate, train_segmentation, ["--labels", "original"]),
+    ],
+)
+def test_a_damaged_config_names_the_script_that_makes_its_run_anew(
+    run, refused, place, reader, writer, words, text
+):
+    config = run.out / place / "config.json"
+    config.write_text(text)
+    advice = " ".join([f"{writer.__name__}.py", *words, "--overwrite makes it anew"])
+    refused(run(reader), config, f"; {advice}")
+    assert run(writer, *words, "--overwrite") == 0
+    assert run(reader) == 0
+
+
 # ---------------------------------------------------------------------------------------------- hostile files
 
 
