@@ -231,6 +231,8 @@ class Meter:
         self.begun = self.clock = self.epoch_clock = self.saved = time.perf_counter()
         self.first_step = self.epoch_step = progress.step
         self.waits = []
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # that of a network trained before
 
     @contextlib.contextmanager
     def waiting(self):
@@ -334,7 +336,7 @@ def profile_steps(folder, device, bar):
 
 
 def peak_memory(device):
-    """Bytes at the peak: of the CUDA allocator, or of this process."""
+    """Bytes at the peak: of the CUDA allocator since training began, or of this process since its start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -79,7 +79,11 @@ class Cards(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self.waits, self.uploads = [], 0
+        self.waits, self.uploads, self.peak_resets = [], 0, 0
+
+    def peak_reset(self, device):
+        """Count a reset of the largest memory seen."""
+        self.peak_resets += 1
 
     def copied(self, from_card, to_card, blocking):
         """Count a copy between the sides."""
@@ -195,6 +199,7 @@ def made_of_the_cpu():
             (torch.cuda, "mem_get_info", lambda device: (10**11, 10**11)),
             (torch.cuda, "is_bf16_supported", lambda including_emulation: True),
             (torch.cuda, "max_memory_allocated", lambda device: 10**9),
+            (torch.cuda, "reset_peak_memory_stats", CARDS.peak_reset),
         ):
             stack.enter_context(mock.patch.object(place, name, stand_in))
         future.set_overwrite_module_params_on_conversion(True)

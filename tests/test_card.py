@@ -96,6 +96,8 @@ def test_the_scripts_run_on_it(recipe, card, tiny_data, tmp_path, capsys):
         assert train_segmentation.main([*words, *SHORT.split(), "--channels", "2"]) == 0
         assert evaluate.main([*words, "--all-frames"]) == 0
         assert evaluate.main([*words[2:], "--predict", scan]) == 0
+    if made:
+        assert made.peak_resets == 4, "each training tells its own peak"
     assert capsys.readouterr().out.count("on cuda (made of the CPU)" if made else "on cuda (") == 8
     for log in (tmp_path / "run").rglob("log.csv"):
         assert all(0 < float(row["waiting_percent"]) < 100 for row in read_csv(log)), log
