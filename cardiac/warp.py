@@ -32,7 +32,7 @@ def warp(image, displacement, mode="bilinear"):
 def integrate(velocity, steps=7):
     """The displacement exp(v) of a stationary velocity (B, 2, H, W), by scaling and squaring.
 
-    Arsigny et al., 2006; Dalca et al., 2018: u = v / 2^steps, then `steps` times u <- u o (id + u) + u. The
+    Arsigny et al., 2006; Dalca et al., 2019: u = v / 2^steps, then `steps` times u <- u o (id + u) + u. The
     inverse displacement is `integrate(-velocity)`.
     """
     with torch.autocast(velocity.device.type, enabled=False):
