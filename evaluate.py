@@ -29,7 +29,7 @@ def main(argv):
     if settings.predict:
         scans = predict.find_scans(settings.predict)
         models = finished_models(settings, device)
-        model = list(models)[-1]  # propagated, where there is one
+        model = list(models)[-1]  # propagated, if there is one
         predict.predict_scans(scans, model, *models[model], settings, device)
         return
     models = finished_models(settings, device)
@@ -46,14 +46,14 @@ def main(argv):
     trained = {}
     for model, (_, progress) in models.items():
         config = read_json(settings.out / "segmentation" / model / "config.json")
-        config["settings"] = vars(SegmentationSettings()) | config["settings"]  # of a run that knew fewer
+        config["settings"] = vars(SegmentationSettings()) | config["settings"]  # older runs have fewer
         trained[model] = {"steps": progress.step, "best": progress.best, **config}
     for name in ("dataset", "cases"):
         if len({run[name] for run in trained.values() if run.get(name)}) > 1:
             what = "the two networks were not trained on the same cases; train_segmentation.py --overwrite"
-            raise InputError(f"{settings.out / 'segmentation'}: {what} trains both anew")
+            raise InputError(f"{settings.out / 'segmentation'}: {what} retrains both")
     own = dataset_identity(cache.cases) == config["dataset"]
-    if own:  # scored on all labels, but shown as training knew them
+    if own:  # scored on all labels, but shown with those known in training
         cache = withhold(cache, trained[list(models)[0]]["settings"])
     place = "evaluation" if own else f"evaluation/{safe_name(cache.name)}"
     with run_folder(settings, place, cache.cases) as folder:
@@ -68,10 +68,10 @@ def main(argv):
         summary = folder / "summary.json"
         done = read_json(summary) if summary.exists() else {}
         if done.get("made_from") != made_from:
-            summary.unlink(missing_ok=True)  # written last: what it is there for is finished
+            summary.unlink(missing_ok=True)  # written last: it marks the run as finished
             score(models, cache, cases, settings, device, folder)
         elif done.get("shown") == shown and (folder / "report.html").exists():
-            print(f"{folder}: finished; --overwrite starts anew\n\n{(folder / 'table.md').read_text()}")
+            print(f"{folder}: finished; use --overwrite to redo it\n\n{(folder / 'table.md').read_text()}")
             return
         largest = folder / "cases_largest.csv" if settings.largest_component else None
         rows = [path and evaluation.read_scores(path) for path in (folder / "cases.csv", largest)]
@@ -118,7 +118,7 @@ def write_results(folder, results):
     if results.largest:
         write_csv(folder / "table_largest.csv", evaluation.TABLE, results.table_largest)
         cells = results.cells(results.table_largest)
-        print("largest component of each region alone:", evaluation.aligned(cells), "", sep="\n")
+        print("largest component of each region only:", evaluation.aligned(cells), "", sep="\n")
     print(*words, sep="\n")
     report.draw_dice(folder / "dice.png", results)
     report.draw_bland_altman(folder / "bland_altman.png", results)
@@ -126,7 +126,7 @@ def write_results(folder, results):
 
 
 def safe_name(name):
-    """A dataset's name as a folder beside the files of evaluation/."""
+    """A dataset's name made fit for a folder, unlike the names in evaluation/."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", name)
     return f"{name}_" if name in ("", "predictions") else name
 
@@ -148,7 +148,7 @@ def finished_models(settings, device):
         models[model] = networks.Mirrored(network) if settings.mirrored else network, progress
     if not models:
         folder = settings.out / "segmentation"
-        raise InputError(f"{folder}: no finished model; run train_segmentation.py before")
+        raise InputError(f"{folder}: no finished model; run train_segmentation.py first")
     return models
 
 

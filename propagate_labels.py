@@ -27,7 +27,7 @@ def main(argv):
     device = choose_device(settings.device)
     network, trained = propagation.load_registration(settings.out, device)
     if not (settings.out / "registration" / "quality.csv").exists():
-        print(f"the registration is not finished; its best weights so far, of step {trained.step}, are used")
+        print(f"the registration is not finished; using its best weights so far, of step {trained.step}")
     cache = open_cache(settings)
     cases = [case for case in cache.split("Training") if case.labelled]
     if not cases:
@@ -39,7 +39,7 @@ def main(argv):
     with run_folder(settings, "propagation", cache.cases) as folder:
         path = folder / "labels.h5"
         if propagation.made_from(path) == made_from:
-            print(f"{path}: finished; --overwrite starts anew")
+            print(f"{path}: finished; use --overwrite to redo it")
             propagated = propagation.Propagated.read(path)
         else:
             path.unlink(missing_ok=True)
@@ -52,7 +52,7 @@ def main(argv):
             columns = (*COLUMNS, "fault") if settings.trust else COLUMNS
             write_csv(folder / "quality.csv", columns, rows)
             report.draw_cine(folder / "cine.gif", cache, cases, propagated)
-            propagated.write(path, made_from)  # last: what it is there for is finished
+            propagated.write(path, made_from)  # last: it marks the run as finished
         for case in tqdm(cases, "nifti", unit="case") if settings.nifti else ():
             target = folder / "nifti" / f"{case.code}_sa_propagated.nii.gz"
             if not target.exists():
@@ -92,7 +92,7 @@ def propagate(network, cache, cases, settings, device, parts=UNKEPT):
 
 
 def propagate_case(network, cache, case, settings, device):
-    """A case's rows of quality.csv, labels and trust (N, S, S) of the N slices kept, and `carried_to_es`."""
+    """A dict: "rows" of quality.csv; "labels", "trust" (N, S, S) of slices kept; "gain": `carried_to_es`."""
     store = SliceStore(cache, [case], device)
     gain = propagation.carried_to_es(network, store) if len(case.expert) == 2 else None
     rows, maps = [], [np.zeros((2, 0, cache.size, cache.size), np.uint8)]

@@ -1,7 +1,7 @@
 """Step 1: train a network that registers the frames of one patient, on short-axis cine.
 
-Unsupervised, plus the overlap of expert labels where both frames have them. Ends with its quality on the
-cases of Validation and Testing: the label of ED warped to ES and compared with the expert's, in 3-D.
+Unsupervised, plus the overlap of expert labels if both frames have them. At the end it is scored on the cases
+of Validation and Testing: the label of ED warped to ES and compared with the expert's, in 3-D.
 """
 
 import torch
@@ -36,8 +36,8 @@ class Registration:
         return augment_pairs(batch, self.settings.seed, step) if self.settings.augment else batch
 
     def register(self, moving, fixed, regions):
-        """The network's velocity; its displacement (B, 2, H, W), pixels; both inputs that move, warped by it:
-        (B, 4, H, W), the image of `moving` and its regions.
+        """Returns the velocity, its displacement (B, 2, H, W) in pixels, and `moving` with its regions, both
+        warped, as one tensor (B, 4, H, W).
         """
         velocity = self.network(moving, fixed, regions)
         displacement = resize_displacement(integrate(velocity), fixed.shape[-2:])
@@ -67,7 +67,7 @@ class Registration:
         return torch.nn.functional.mse_loss(warped, fixed)
 
     def validate(self):
-        """Dice of ED's label warped to ES; the loss, of images and, where both are known, labels' overlap."""
+        """Dice of ED's label warped to ES; the loss, of images and, if both are known, labels' overlap."""
         store, images, scores = self.validation, [], []
         for case in store.cases:
             ed, es = (store.frame(case, frame) for frame in (case.ed, case.es))
@@ -111,7 +111,7 @@ def main(argv):
         report.draw_registration(folder / "example.png", network, task.validation)
         write_csv(folder / "quality.csv", propagation.QUALITY, rows)
         write_text(scored, made_from)
-        none = "no labelled case in Validation or Testing: quality.csv stays empty"
+        none = "no labelled case in Validation or Testing: quality.csv is empty"
         print(aligned(report.quality_lines(folder / "quality.csv")) if rows else none)
 
 

@@ -1,7 +1,7 @@
-"""Step 3: train the paper's 2-D U-Net on the expert labels alone (`original`) and with the propagated ones.
+"""Step 3: train the paper's 2-D U-Net on the expert labels only (`original`) and with the propagated ones.
 
-Both take the same number of steps, so that what differs is the labels. The best checkpoint and the schedule
-look at Validation cases of vendors with training labels alone: those of others decide nothing.
+Both train for the same number of steps, so that only the labels differ. The best checkpoint and the schedule
+depend only on Validation cases of vendors with training labels; those of other vendors decide nothing.
 """
 
 import torch
@@ -47,7 +47,7 @@ class Segmentation:
         return augment_slices(*batch, self.settings.seed, step) if self.settings.augment else batch
 
     def losses(self, batch):
-        """Cross-entropy over labelled pixels, and soft Dice where it has a weight, both weighted by trust."""
+        """Cross-entropy over labelled pixels, and soft Dice if it has a weight, both weighted by trust."""
         images, labels, trust = batch
         logits, trust = self.network(images), trust / 255
         entropy = losses.cross_entropy(logits, labels, trust)
@@ -57,7 +57,7 @@ class Segmentation:
         return {"loss": entropy + self.settings.dice_weight * overlap, "entropy": entropy, "overlap": overlap}
 
     def validate(self):
-        """Cross-entropy, which the learning rate goes by, and Dice of LV, MYO and RV, by case and phase, of
+        """Cross-entropy, which drives the learning rate, and Dice of LV, MYO and RV, by case and phase, of
         cases that decide; Dice of the others.
         """
         store, entropy, deciding, logged = self.validation, [], [], []
@@ -79,7 +79,7 @@ class Segmentation:
 
 
 def read_propagated(settings):
-    """The propagated labels, or None where `original` alone can be trained, which is then said."""
+    """The propagated labels, or None if they are not asked for, or if there are none, which is printed."""
     if settings.labels == "original":
         return None
     path = settings.out / "propagation"
@@ -89,32 +89,32 @@ def read_propagated(settings):
         here = getattr(settings, name)
         if made_with.get(name, here) != here:
             what = f"{name} is {made_with[name]} there, {here} here"
-            raise InputError(f"{path}: {what}; run propagate_labels.py before")
+            raise InputError(f"{path}: {what}; run propagate_labels.py first")
     if (settings.out / "registration" / "best.pt").exists():
         network, _ = load_registration(settings.out, torch.device("cpu"))
         made_by = made_from(path / "labels.h5") or ""
         if weights_digest(network) not in made_by and not begun(settings, propagated):
-            raise InputError(f"{path}: of another registration than OUT's; run propagate_labels.py before")
+            raise InputError(f"{path}: from another registration than OUT's; run propagate_labels.py first")
     if len(propagated.labels):
         return propagated
     reason = "nothing was propagated: no frame lies between ED and ES, or no slice was kept"
     if settings.labels == "propagated":
         raise InputError(f"{path}: {reason}; use --labels original")
-    print(f"{reason}; training `original` alone")
+    print(f"{reason}; training only `original`")
     return None
 
 
 def check_cases(settings, cases):
-    """Raise InputError where the propagated labels were made from other cases than these, or other files."""
+    """Raise InputError if the propagated labels were made from other cases or labels than these."""
     path = settings.out / "propagation" / "labels.h5"
     labelled = [case for case in cases if case.labelled]
     if learnt_digest(labelled) not in (made_from(path) or ""):
-        what = "made from other cases of Training or labels than there are now, or by an earlier version"
-        raise InputError(f"{path}: {what}; run propagate_labels.py before")
+        what = "made from Training cases or labels that have since changed, or by an earlier version"
+        raise InputError(f"{path}: {what}; run propagate_labels.py first")
 
 
 def begun(settings, propagated):
-    """Whether OUT holds a training on these very labels, to be gone on with."""
+    """Whether OUT holds a training run on these very labels, which can be resumed."""
     config = settings.out / "segmentation" / "propagated" / "config.json"
     known = config.exists() and not settings.overwrite
     return known and read_json(config).get("labels") == propagated.digest()
@@ -143,7 +143,7 @@ def main(argv):
     if propagated:
         check_cases(settings, cache.split("Training"))
     store = SliceStore(cache, training, device, "training")
-    slices = {  # before the validation is placed, which takes what they leave of a card
+    slices = {  # before the validation, which gets the GPU memory that they leave
         name: LabelledSlices(store, propagated if name == "propagated" else None, settings.expert_share)
         for name in names
     }

@@ -1,8 +1,8 @@
-"""A random transform for every sample of a batch, on the device: how patients lie, how scanners differ.
+"""Random augmentation, on the device: every sample gets its own patient orientation and scanner appearance.
 
 Every function draws from a CPU generator (`slices.step_generator`), so that the draws of a step are the same
-on every device (but for the noise of pixels, drawn where they are), and takes a batch whole: no loop over
-samples. Processes that share a batch draw for the whole of it and keep their part.
+on every device (except pixel noise, which is drawn on the device), and processes a whole batch at once, not
+sample by sample. Processes that share a batch draw for all of it and keep their part.
 """
 
 import math
@@ -14,15 +14,15 @@ from cardiac.parallel import processes, share
 from cardiac.slices import PairBatch, step_generator
 from cardiac.warp import warp
 
-OTHER_DRAWS = 2**31  # than the choice of the step's slices
+OTHER_DRAWS = 2**31  # offset of the step: draws independent of its slices'
 
 
 def spatial_displacement(generator, batch, size, device, rotation=180, scale=0.2, shift=0.08, elastic=2.0):
-    """A displacement (B, 2, S, S), pixels: rotation, anisotropic scale, shift, mirror and an elastic part.
+    """A random displacement (B, 2, S, S), pixels: rotation, anisotropic scale, shift, mirror, elastic part.
 
-    rotation: degrees to either side; scale: log of the largest factor; shift: share of the size; elastic:
+    rotation: largest angle, degrees; scale: log of the largest factor; shift: share of the size; elastic:
     standard deviation, pixels, of displacements drawn 8 x 8 and interpolated. Half of the samples are
-    mirrored: hearts lie in all orientations across scanners, and a mirrored one is as hard to outline.
+    mirrored: hearts lie in all orientations across scanners, and a mirrored one is as hard to segment.
     """
     whole = batch * processes()
     draw = share(torch.rand(6, whole, generator=generator), 1) * 2 - 1
@@ -48,12 +48,12 @@ def move(displacement, images, labels):
 
 
 def vary_intensity(generator, images, gamma=0.5, contrast=0.3, bias=0.4, blur=1.0, noise=0.05):
-    """Vary images (B, C, S, S) in [0, 1] as scanners differ: one draw for all C channels of a sample.
+    """Vary images (B, C, S, S) in [0, 1] as scanners do; the C channels of a sample vary alike.
 
     gamma: log of the largest exponent of the contrast curve; contrast: largest relative change of gain, and
-    .3 of it of offset; bias: twice the largest standard deviation of the log of a smooth shading by the
-    coils, drawn 3 x 3; blur: largest standard deviation, pixels, of a Gaussian, cut to three taps; noise: of
-    a Rician magnitude, drawn for every pixel, last as in a scanner's chain.
+    .3 of it of offset; bias: twice the largest standard deviation of the log of a smooth coil shading, drawn
+    3 x 3; blur: largest standard deviation, pixels, of a Gaussian, cut to three taps; noise: largest standard
+    deviation of Rician noise, drawn per pixel and added last, as in a scanner.
     """
     batch, channels, height, width = images.shape
     device, whole = images.device, batch * processes()
@@ -63,23 +63,23 @@ def vary_intensity(generator, images, gamma=0.5, contrast=0.3, bias=0.4, blur=1.
     draw, coarse = draw.to(device, non_blocking=True), coarse.to(device, non_blocking=True)
     spread = 2 * draw - 1
 
-    images = images.clamp(0, 1) ** torch.exp(spread[0] * gamma)  # in place from here: new memory costs most
+    images = images.clamp(0, 1) ** torch.exp(spread[0] * gamma)  # in place from here: allocation costs most
     images.mul_(1 + spread[1] * contrast).add_(spread[2] * contrast * 0.3).clamp_(min=0)
     shading = F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False)
     images.mul_(shading.mul_(0.5 * bias * draw[3]).exp_())
     sigma = blur * draw[4]
-    tap = torch.exp(-0.5 / (sigma**2).clamp(min=1e-2))  # hearts do not reach the edge, where it wraps round
+    tap = torch.exp(-0.5 / (sigma**2).clamp(min=1e-2))  # roll wraps around: hearts are away from the edge
     for axis in (2, 3):
         before, after = (torch.roll(images, shift, axis) for shift in (-1, 1))
         images = before.add_(after).mul_(tap).add_(images).div_(1 + 2 * tap)
-    pixels = torch.Generator(device).manual_seed(seed)  # many numbers: drawn where they are needed
+    pixels = torch.Generator(device).manual_seed(seed)  # many numbers: drawn on the device
     normal = torch.randn(2, whole, channels, height, width, generator=pixels, device=device)
     real, imaginary = share(normal, 1).mul_(noise * draw[5])
     return images.add_(real).hypot_(imaginary).clamp_(0, 1.5)
 
 
 def augment_pairs(batch, seed, step):
-    """A `PairBatch` in which each pair, labels included, is moved by a displacement of its own."""
+    """A `PairBatch` whose pairs, labels included, are each warped by a random displacement."""
     images = torch.cat([batch.moving, batch.fixed], 1)
     generator = step_generator(seed, OTHER_DRAWS + step)
     displacement = spatial_displacement(generator, len(images), images.shape[-1], images.device)
@@ -88,7 +88,7 @@ def augment_pairs(batch, seed, step):
 
 
 def augment_slices(images, labels, trust, seed, step):
-    """Images (B, 1, S, S), labels and trust (B, S, S), each moved, and seen by a scanner of its own."""
+    """Images (B, 1, S, S), labels and trust (B, S, S): each sample warped and its image varied at random."""
     generator = step_generator(seed, OTHER_DRAWS + step)
     displacement = spatial_displacement(generator, len(images), images.shape[-1], images.device)
     images, maps = move(displacement, images, torch.stack([labels, trust], 1))

@@ -1,8 +1,8 @@
 """Building the slice cache: one file, laid out first and then filled in place by worker processes.
 
-What HDF5 has open does not survive a kill. So it lays the file out, with a place for every slice and text,
-and leaves it. From then on bytes are written to their places, and what says that a case is finished, its part
-(`parts.py`), comes after its slices are on the disk.
+An HDF5 file that is open when its process is killed is lost. So HDF5 only lays the file out, with space for
+every slice and text, and closes it. From then on plain bytes are written in place, and the part that marks a
+case as finished (`parts.py`) is written after its slices are on disk.
 """
 
 import json
@@ -21,11 +21,11 @@ from cardiac.workers import worker_pool
 
 SCHEMA = 6
 PREPROCESSING = ("size", "spacing", "crop")  # settings that the slices depend on
-LONGEST_PROBLEM = 500  # characters that are kept of why a case was left out
+LONGEST_PROBLEM = 500  # characters kept of the reason why a case was left out
 
 
 def places_of(cases):
-    """Where each case begins in both arrays, {code: {...}}, None without labels; and {array: its slices}."""
+    """First rows of each case by code, `first_label` None without labels; and {array: number of rows}."""
     places, rows = {}, {"images": 0, "labels": 0}
     for case in cases:
         slices, frames, labelled = *case.shape[2:], case.ed is not None
@@ -36,10 +36,10 @@ def places_of(cases):
 
 
 def build(path, folder, cases, wanted, settings):
-    """Preprocess `cases` into a new cache at `path`; killed, go on with those that are not finished.
+    """Preprocess `cases` into a new cache at `path`; after a kill, resume with the unfinished ones.
 
-    wanted: size, spacing, crop and schema of the cache, and its sources. Raises InputError for the first case
-    that cannot be used, without --skip-bad.
+    wanted: size, spacing, crop and schema of the cache, and its sources. Without --skip-bad, raises
+    InputError for the first case that cannot be used.
     """
     (places, rows), grid = places_of(cases), [wanted[name] for name in PREPROCESSING]
     made_from = digest(json.dumps([SCHEMA, grid, places, rows]))
@@ -63,7 +63,7 @@ def build(path, folder, cases, wanted, settings):
         results = parts.results(run, _preprocess, cases, arguments)
         for case, result in tqdm(zip(cases, results), "cache", len(cases), unit="case"):
             if "problem" in result:
-                parts.forget(case)  # it may be another one next time: mended, or readable again
+                parts.forget(case)  # it may be usable next time: fixed, or readable again
                 problems.append(result["problem"])
                 if settings.skip_bad:
                     continue
@@ -75,7 +75,7 @@ def build(path, folder, cases, wanted, settings):
         raise InputError(f"{settings.data}: no case could be read")
     kept = [problem[:LONGEST_PROBLEM] for problem in problems]
     texts = {"cases": json.dumps(found), "sources": sources, "skipped": json.dumps(kept)}
-    # to the end of their place, where an attempt that was killed may have left a longer one
+    # padded to full length: a killed attempt may have left a longer text there
     texts = {name: text.encode().ljust(room[name], b"\0") for name, text in texts.items()}
     write_in_place(file, {offsets[name]: text for name, text in texts.items()})
     os.replace(file, path)
@@ -87,22 +87,22 @@ def _laid_out(path, made_from, sources):
     try:
         with h5py.File(path) as file:
             return file.attrs["made_from"] == made_from and file["sources"].nbytes >= len(sources)
-    except (OSError, KeyError):  # there is none, or it is not whole
+    except (OSError, KeyError):  # missing or incomplete
         return False
 
 
 def _lay_out(path, made_from, sources, wanted, rows, cases):
-    """Write the file of the cache without slices: everything that it is to hold has its place on the disk."""
+    """Write the cache file without its slices, but with disk space allocated for everything it will hold."""
     size, kinds = wanted["size"], {"images": np.float16, "labels": np.uint8}
-    lengths = {"cases": 1000 * cases, "sources": len(sources) + 100 * cases}  # that of a mended case may grow
-    lengths["skipped"] = 13 * LONGEST_PROBLEM * cases  # JSON takes up to twelve bytes for a character
+    lengths = {"cases": 1000 * cases, "sources": len(sources) + 100 * cases}  # a corrected case's may grow
+    lengths["skipped"] = 13 * LONGEST_PROBLEM * cases  # JSON needs up to twelve bytes per character
     room = (2 * rows["images"] + rows["labels"]) * size**2 + sum(lengths.values()) + 2**20
     with writing_hdf5(path, room) as file:
         for name, kind in kinds.items():
             # contiguous: a case is one run of bytes, read at the speed of the disk
             array = file.create_dataset(name, (rows[name], size, size), kind)
             if rows[name]:
-                array[-1] = 0  # HDF5 gives no place to what was never written
+                array[-1] = 0  # HDF5 allocates no space for what was never written
         for name, length in lengths.items():
             file.create_dataset(name, data=np.array(b"", f"S{length}"))
         file.attrs.update({name: wanted[name] for name in ("schema", *PREPROCESSING)})
@@ -110,9 +110,9 @@ def _lay_out(path, made_from, sources, wanted, rows, cases):
 
 
 def _preprocess(case, size, spacing, crop, file, images_at, labels_at):
-    """Write one case's images (T * Z, S, S) float16 and labels (2 * Z, S, S) uint8, where it has any, into
-    `file` at these offsets. Returns the centre of its slices, the share cropped and digests of the labels
-    ("place"), and warnings; or the problem that it has.
+    """Write one case's images (T * Z, S, S) float16 and, if any, labels (2 * Z, S, S) uint8 into `file` at
+    these byte offsets. Returns {"place": {crop centre, share cropped, digests of the labels}, "warnings"}, or
+    {"problem"} if the case cannot be used.
     """
     try:
         image, labels, warnings = load_case(case)
@@ -128,7 +128,7 @@ def _preprocess(case, size, spacing, crop, file, images_at, labels_at):
         foreground = planes > 0
         place["cropped"] = 1 - float((foreground & grid.inside()).sum() / foreground.sum())
         pieces[labels_at] = grid.labels_to_slices(planes)
-        # of the file's labels: slices may differ by a rounding between processors
+        # of the labels on file: resampled slices may differ in rounding between CPUs
         place["digests"] = [digest(np.ascontiguousarray(labels[frame].T)) for frame in (case.ed, case.es)]
     write_in_place(file, pieces)
     return {"place": place, "warnings": warnings}

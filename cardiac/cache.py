@@ -1,13 +1,13 @@
 """The slice cache: all preprocessed slices of a dataset, in one HDF5 file.
 
-Layout of the file, which is rebuilt whenever it does not fit what is asked for:
+Layout of the file, which is rebuilt whenever it does not match the settings or the dataset:
 
     images   (N, S, S) float16   every frame of every case, row = first + frame * slices + slice
-    labels   (M, S, S) uint8     expert frames alone, row = first_label + k * slices + slice for k of (ED, ES)
-    cases, sources, skipped      JSON: of each case its code, first rows in both, the centre of its slices,
-                                 the share of labels cropped and digests of the labels; relative path ->
-                                 size, mtime; why cases were left out
-    attributes: schema, size, spacing, crop; made_from: a digest of these and of where cases begin
+    labels   (M, S, S) uint8     expert frames only, row = first_label + k * slices + slice, k = 0: ED, 1: ES
+    cases    JSON, per case      code, first rows, centre of slices, share of labels cropped, label digests
+    sources  JSON                {file: [size, mtime]}, and of each case its entries in the table
+    skipped  JSON                why cases were left out
+    attributes: schema, size, spacing, crop; made_from: a digest of these and of the first rows
 """
 
 import contextlib
@@ -31,13 +31,13 @@ from cardiac.preprocessing import Grid
 
 @dataclass(frozen=True)
 class CachedCase(Case):
-    """A case and where it lies in the cache."""
+    """A case and its place in the cache."""
 
     first: int  # row of frame 0, slice 0 in `images`
     first_label: int | None  # row of ED, slice 0 in `labels`; None without expert labels
-    cropped: float  # share of labelled pixels that the crop loses
-    digests: tuple = ()  # of its expert labels of ED and of ES, on its own grid
-    crop_centre: tuple | None = None  # (x, y) pixel of its own grid at its slices' centre; None: the image's
+    cropped: float  # share of labelled pixels outside the crop
+    digests: tuple = ()  # of its expert labels at ED and ES, on its own grid
+    crop_centre: tuple | None = None  # (x, y) pixel of its own grid at its slices' centre; None: image centre
     withheld: tuple = ()  # frames whose expert labels are treated as unknown
 
     @property
@@ -48,7 +48,7 @@ class CachedCase(Case):
 
     @property
     def labelled(self):
-        """Whether any frame has an expert label that is known."""
+        """Whether any frame has a known expert label."""
         return bool(self.expert)
 
     @property
@@ -62,12 +62,12 @@ class CachedCase(Case):
         return self.shape[3]
 
     def identity(self):
-        """What tells when the case or its slices have changed, as JSON."""
+        """A JSON value that changes when the case or its slices do."""
         return {**super().identity(), "crop": self.crop_centre, "withheld": self.withheld}
 
     def learnt(self):
-        """What tells when something that a network learns from this case has changed, as JSON: its image (by
-        its size), the labels that are known, what the table says of them. A copy of the files is the same.
+        """A JSON value that changes when what a network learns from this case does: its image (judged by file
+        size), known labels, entries in the table. Copying the files does not change it.
         """
         labels = {t: self.digests[k] for k, t in enumerate((self.ed, self.es)) if t in self.expert}
         table = self.split, self.code, self.vendor, self.ed, self.es
@@ -84,21 +84,21 @@ class CachedCase(Case):
         return self.first_label + (self.ed, self.es).index(frame) * self.slices + np.arange(self.slices)
 
     def grid(self, cache):
-        """The way between this case's own grid and the slices of `cache`."""
+        """The `Grid` that maps between this case's own grid and the slices of `cache`."""
         return Grid(self.shape[:2], self.spacing[:2], cache.size, cache.spacing, self.crop_centre)
 
 
 class SliceFile:
-    """The file of a cache, held open: what is read stays the same when another run replaces the file.
+    """A cache file, held open: reads stay consistent even if another run replaces the file.
 
-    Another process (`parallel.from_first`) opens it for itself, and fails where it is no longer that file.
+    Sent to another process (`parallel.from_first`), it is reopened there, which fails if it was replaced.
     """
 
     def __init__(self, path, inode=None):
         self.path, self._bytes = path, open(path, "rb")  # noqa: SIM115
         self.inode = os.fstat(self._bytes.fileno()).st_ino
         if self.inode != (inode or self.inode):
-            raise InputError(f"{path}: another run has just built it anew; start again")
+            raise InputError(f"{path}: another run has just rebuilt it; start again")
         with h5py.File(self._bytes) as file:
             self._offsets = {name: file[name].id.get_offset() for name in ("images", "labels")}
 
@@ -108,7 +108,7 @@ class SliceFile:
     def read(self, dataset, row_ranges, out):
         """Read ranges [(start, stop), ...] of "images" or "labels" one after the other into `out`."""
         offset, position = self._offsets[dataset], 0
-        for start, stop in row_ranges:  # plain reads: HDF5 takes half as long again
+        for start, stop in row_ranges:  # plain reads: HDF5 takes 50 % longer
             self._bytes.seek(offset + start * out[0].nbytes)
             self._bytes.readinto(out[position : position + stop - start])
             position += stop - start
@@ -124,11 +124,11 @@ class Cache:
     size: int
     spacing: float  # mm
     cases: tuple  # of CachedCase
-    skipped: tuple = ()  # why cases were left out with --skip-bad, a line each
+    skipped: tuple = ()  # why cases were left out with --skip-bad, one line each
 
     @property
     def path(self):
-        """Where the file lies."""
+        """Path of the file."""
         return self.file.path
 
     def split(self, *names):
@@ -136,14 +136,14 @@ class Cache:
         return [case for case in self.cases if case.split in names]
 
     def training_and_validation(self, seed, held_out=None, over=False):
-        """The cases to train on, to validate on, and to log alone: three lists.
+        """Three lists of cases: to train on, to validate on, and to score for the log only.
 
-        Validated on are labelled Validation cases of vendors that have training labels; those of other
-        vendors are logged and decide nothing. Without the former, `_fifth` of the labelled training patients,
-        which is said. held_out: codes of those, of a run that has chosen them, [] for none; None: not yet
-        chosen. Where no other patient has labels, they are trained on, too. over: of a run that is; nothing
-        is said, and its Validation may have gone. Raises InputError without training labels, for a code that
-        is not of such a patient, and where a run's Validation has gone.
+        Validation uses labelled Validation cases of vendors that have training labels; those of other vendors
+        are only logged. If there are none of the former, `_fifth` of the labelled training patients is held
+        out, which is printed. held_out: codes of patients held out, [] for none, None: not yet chosen. If no
+        other patient has labels, they are trained on, too. over: the run is over: print nothing, and accept
+        that its Validation has gone. Raises InputError without training labels, for a code that is not a
+        labelled training patient's, and if the Validation of an unfinished run has gone.
         """
         training = self.split("Training")
         labelled = [case for case in training if case.labelled]
@@ -154,25 +154,25 @@ class Cache:
         unseen = [case for case in validation if case.vendor not in seen]
         validation = [case for case in validation if case.vendor in seen]
         if held_out == [] and not (validation or over):
-            what = "this run was validated on cases of Validation, which are not there now"
-            raise InputError(f"{self.root}: {what}; bring them back, or start anew in another --out")
+            what = "this run was validated on cases of Validation, which are now missing"
+            raise InputError(f"{self.root}: {what}; restore them, or choose another --out")
         if held_out == [] or (validation and not held_out):
             return training, validation, unseen
         why = "held out for validation"
         if not held_out:
             held_out = [case.code for case in _fifth(labelled, seed)]
-            why = f"no Validation{' of vendors that are trained on' if unseen else ''}; {why}"
+            why = f"no Validation cases{' of vendors that are trained on' if unseen else ''}; {why}"
         unknown = sorted(set(held_out) - {case.code for case in labelled})
         if unknown:
-            what = f"no labelled case of Training of {self.root}"
+            what = f"not a labelled case of Training in {self.root}"
             if any(case.code == unknown[0] and case.withheld for case in training):
-                what = "--labelled-cases withholds the labels of this one"
+                what = "--labelled-cases withholds its labels"
             raise InputError(f"--held-out {unknown[0]}: {what}")
         validation = [case for case in labelled if case.code in held_out]
         codes = ", ".join(case.code for case in validation)
         said = f"{why}: {len(validation)} of {len(labelled)} training patients, {codes}"
         if len(validation) == len(labelled):
-            said = f"warning: no other patient has labels: {codes} trained and validated on"
+            said = f"warning: no other patient has labels: training and validating on {codes}"
         else:
             training = [case for case in training if case not in validation]
         if not over:
@@ -181,7 +181,7 @@ class Cache:
 
 
 def _fifth(cases, seed):
-    """A fifth of the cases by seed, at least one, but no vendor's last where others are left to draw."""
+    """A random fifth of the cases, at least one; each vendor keeps a case, unless no vendor has two."""
     order = [cases[k] for k in np.random.default_rng(seed).permutation(len(cases))]
     left, drawn = Counter(case.vendor for case in cases), []
     for case in order:
@@ -192,7 +192,7 @@ def _fifth(cases, seed):
 
 
 def open_cache(settings):
-    """The cache of the dataset `settings.data`, built or rebuilt where it must be. Raises InputError."""
+    """The `Cache` of the dataset `settings.data`, built or rebuilt if necessary. Raises InputError."""
     dataset = read_cases(settings.data)
     cases = dataset.good(settings.skip_bad)
     path = settings.cache / f"{dataset.name}.h5"
@@ -225,16 +225,16 @@ def open_cache(settings):
     if any(case.withheld for case in cache.cases):
         phases = settings.labelled_phases.replace("both", "ED and ES")
         chosen = ", ".join(case.code for case in cache.split("Training") if case.labelled)
-        chosen = f"; of Training, of {chosen} alone" if settings.labelled_cases else ""
+        chosen = f"; in Training, only those of {chosen}" if settings.labelled_cases else ""
         print(f"labels used: those of {phases}{chosen}", flush=True)
     return cache
 
 
 def withhold(cache, settings):
-    """The cache with expert labels as few as the settings {name: value} ask for: the rest are unknown.
+    """The cache with only those expert labels known that the settings {name: value} allow.
 
-    `labelled_cases`: patients of Training, chosen by seed, that keep theirs; `labelled_phases`: ED, ES or
-    both, of Training and of Validation, which training decides by.
+    `labelled_cases`: how many Training patients, chosen by seed, keep theirs; `labelled_phases`: ED, ES or
+    both, in Training and in Validation, since validation guides training.
     """
     labelled = [case.code for case in cache.split("Training") if case.labelled]
     count = settings["labelled_cases"] or len(labelled)
@@ -254,10 +254,10 @@ def withhold(cache, settings):
 
 
 def _misfit(path, wanted, cases, skip_bad):
-    """Why the file at `path` cannot be used as it is for `cases`, or None.
+    """Why the file at `path` cannot be used as it is for `cases`, or None if it can.
 
-    Cases that were left out stay so for runs with --skip-bad, which would else find another dataset; any
-    other run tries them again, since what was wrong may have passed, as a network drive's faults do.
+    Cases that were left out stay out for runs with --skip-bad, so that all of these see the same dataset; any
+    other run tries them again, since the fault may have been temporary, such as a network drive's.
     """
     rows = places_of(cases)[1]
     if not path.exists():
@@ -289,7 +289,7 @@ def _misfit(path, wanted, cases, skip_bad):
 
 
 def _report(cache):
-    """Say what the cache holds, and warn of hearts outside the crop."""
+    """Print what the cache holds, and warn of hearts that the crop cuts off."""
     for problem in cache.skipped:
         print(f"skipped: {problem}")
     cases = cache.cases
@@ -305,5 +305,5 @@ def _report(cache):
         if not worst.cropped:
             line = "no labelled pixel outside the crop"
         elif worst.cropped > 0.01:
-            line = f"warning: {line}; take a larger --size or --spacing"
+            line = f"warning: {line}; use a larger --size or --spacing"
         print(f"cache: {line}", flush=True)

@@ -1,6 +1,6 @@
-"""A case of a dataset: what is known of it by its header, and its voxels, checked.
+"""A case of a dataset: its metadata from tables and headers, and its voxels, checked.
 
-What is wrong with a case becomes one line: the case, the file, the fault and, where it helps, what to do.
+Every fault of a case is reported on one line: the case, the file, what is wrong and, if possible, what to do.
 """
 
 import os
@@ -26,14 +26,14 @@ class Case:
 
     code: str  # letters, digits, '.', '_', '-': fit for file names and tables
     vendor: str  # A, B, C or D, see VENDORS
-    centre: str  # '' where it is not known
+    centre: str  # '' if unknown
     split: str  # one of SPLITS
     ed: int | None  # frame of end-diastole, zero-based; None without expert labels (Training/Unlabeled)
     es: int | None  # frame of end-systole
     root: Path  # folder of the dataset
     image: Path  # the cine, 4-D NIfTI
     labels: tuple[Path, ...]  # one 4-D file, or the 3-D files of ED and ES; empty without expert labels
-    label_order: tuple[int, ...]  # our label of each value in these files
+    label_order: tuple[int, ...]  # our label for each value in these files
     shape: tuple[int, int, int, int]  # X, Y, slices Z, frames T
     spacing: tuple[float, float, float]  # mm: X, Y, from slice to slice
 
@@ -44,11 +44,11 @@ class Case:
 
     @property
     def files(self):
-        """All source files as they lie below `root`."""
+        """All source files, relative to `root`."""
         return tuple(path.relative_to(self.root).as_posix() for path in (self.image, *self.labels))
 
     def identity(self):
-        """What tells when the case has changed, as JSON: size and time of its files, what the table says."""
+        """A JSON value that changes when the case does: size and mtime of its files, entries in the table."""
         status = {name: os.stat(self.root / name) for name in self.files}
         sources = {name: [each.st_size, each.st_mtime_ns] for name, each in status.items()}
         return {**sources, f"{self.split}/{self.code}": [self.vendor, self.centre, self.ed, self.es]}
@@ -64,18 +64,18 @@ class Dataset:
     warnings: tuple[str, ...]
 
     def good(self, skip_bad=False):
-        """The good cases; InputError if there are none or, without `skip_bad`, if there are any others."""
+        """The good cases; InputError if there are none or, without `skip_bad`, if there is any problem."""
         if self.problems and not (skip_bad and self.cases):
             raise refusal(self.problems, self.root)
         return self.cases
 
 
 def refusal(problems, root):
-    """The InputError of a script that will not go on with these problems: the first, and where to see all."""
+    """The InputError that stops a script because of these problems: the first, and how to list them all."""
     others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return InputError(
         f"{problems[0]}{others}. `python -m cardiac.check --data {shlex.quote(str(root))}` lists them all, "
-        "--skip-bad goes on without these cases"
+        "--skip-bad leaves these cases out"
     )
 
 
@@ -116,23 +116,23 @@ def load_labels(case):
         empty = [phase for phase, t in case.phases.items() if t not in present]
         what = f"ground truth is empty at {joined(empty, ' and ')}" if empty else "label in the wrong frame"
         where = f"frame {joined(present)}" if present else "no frame"
-        what += f": labels in {where}, but ED is {case.ed} and ES {case.es} (from 0); mend either"
+        what += f": labels in {where}, but ED is {case.ed} and ES {case.es} (from 0); correct either"
         raise fault(case.labels[0], what)
     order = np.array(case.label_order, np.uint8)
     return {t: order[labels[t]] for t in present}
 
 
 def _lies_otherwise(labels, image):
-    """Whether a voxel's steps by the affine of a label file differ by 5 % or more from its image's."""
+    """Whether the voxel axes in a label file's affine differ by 5 % or more from those of its image."""
     try:
         axes, others = (axes_of(read_header(path, (3, 4)), path) for path in (image, labels))
-    except InputError:  # the label's is not readable; its voxels are read without
+    except InputError:  # an unreadable affine; the voxels are read without it
         return True
     return not (np.linalg.norm(axes - others, axis=0) < 0.05 * np.linalg.norm(axes, axis=0)).all()
 
 
 def _looks_swapped(labels):
-    """Whether more of label 3's border is myocardium than of label 1's: the myocardium encloses the LV."""
+    """Whether more of label 3's border than of label 1's is myocardium, which should enclose the LV."""
     beside = np.zeros((4, 4))  # how often one label lies beside another within a slice
     for label in labels:
         for one, other in ((label[1:], label[:-1]), (label[:, 1:], label[:, :-1])):

@@ -1,7 +1,7 @@
 """Check a dataset without doing anything else: `python -m cardiac.check --data DIR`.
 
-Reads every case, voxels and all, names every problem (one line each, on stderr) and sums up what there is.
-Exit status 0 when all is good, 2 when there are problems.
+Reads every case with its voxels, reports every problem (one line each, on stderr) and prints a summary.
+The exit status is 0 if there are no problems, otherwise 2.
 """
 
 import collections
@@ -47,7 +47,7 @@ def main(argv=None):
 
 
 def summary(dataset, cases, volumes):
-    """Lines that say what the dataset holds: cases by split and vendor, grids, times, labels."""
+    """Lines that describe the dataset: cases by split and vendor, grids, frames, labels."""
     yield f"{dataset.kind} dataset in {shown(dataset.root)}"
     if not cases:
         return
@@ -68,7 +68,7 @@ def summary(dataset, cases, volumes):
     wraps = sum(case.es < case.ed for case in labelled)
     unlabelled = [(case.es - case.ed - 1) % case.shape[3] for case in labelled]
     text = f"labels     {len(labelled)} cases; {_range(unlabelled)} frames between ED and ES"
-    yield f"{text}; ED has the higher number in {wraps}"
+    yield f"{text}; ED comes after ES in {wraps}"
     if not any(unlabelled):
         yield "           nothing to propagate to, unless --labelled-phases treats ED or ES as unknown"
     for phase in ("ED", "ES"):
@@ -85,5 +85,5 @@ def _range(numbers):
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:  # not by `run.script`, which would import torch for it
+    except KeyboardInterrupt:  # not left to `run.script`, which imports torch
         sys.exit(130)

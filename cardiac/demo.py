@@ -1,7 +1,7 @@
 """The whole pipeline on a phantom whose truth is known: `python -m cardiac.demo`.
 
-Writes the phantom, runs the four scripts with settings that take a CPU four to twenty minutes, and scores the
-propagation where no public dataset can: at every frame, and in mm of displacement.
+Writes the phantom, runs the four scripts with settings that take four to twenty minutes on a CPU, and scores
+the propagation as no public dataset allows: in every frame, and by displacement in mm.
 """
 
 import shlex
@@ -38,7 +38,7 @@ def main(argv):
     what = "folder for phantom and runs (default: demo)"
     parser.add_argument("--out", type=Path, default=Path("demo"), help=what)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
-    parser.add_argument("--seed", type=int, default=0, help="of the phantom and of training (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of phantom and training (default: 0)")
     arguments = parser.parse_args(argv)
     data, out = arguments.out / "phantom", arguments.out / "runs"
     if not phantom.is_whole(data):
@@ -67,11 +67,11 @@ def main(argv):
 
 @torch.no_grad()
 def score_against_truth(settings):
-    """Propagated labels and displacements of the training cases against the phantom's, by case and frame.
+    """Score propagated labels and displacements of training cases by the truth: a row per case and frame.
 
-    Dice of each region in 3-D on the case's own grid, over the slices that were propagated, and their mean
-    over those of them that have a true label: at the base, tissue leaves a slice through the plane, which no
-    in-plane motion can follow. End-point error in mm within the true labels, beside that of the identity.
+    Dice of each region in 3-D on the case's own grid, over the propagated slices, and its mean over those
+    that also have a true label: at the base, tissue moves through the plane, which no in-plane motion can
+    follow. Mean end-point error in mm within the true labels, and that of the identity.
     """
     cache, device = open_cache(settings), choose_device(settings.device)
     propagated = propagation.Propagated.read(settings.out / "propagation" / "labels.h5")
@@ -94,7 +94,7 @@ def score_against_truth(settings):
             target, prediction = truth[..., frame][..., kept], labels[..., frame][..., kept]
             row = {"case": case.code, "vendor": case.vendor, "frame": frame}
             row |= {region: dice(prediction == label, target == label) for region, label in LABELS.items()}
-            there = target.any((0, 1))  # slices that the base has not left
+            there = target.any((0, 1))  # slices with a true label: the base has not left them
             scores = [dice(prediction[..., there] == k, target[..., there] == k) for k in LABELS.values()]
             row["dice_where_labelled"] = float(np.nanmean(scores))
             heart = truth[..., frame] > 0
@@ -106,7 +106,7 @@ def score_against_truth(settings):
 
 
 def print_truth(rows):
-    """Print the scores of `score_against_truth`: a line a case, and the mean over all frames."""
+    """Print the scores of `score_against_truth`: a line per case, and the mean over all frames."""
     for code in dict.fromkeys(row["case"] for row in rows):
         chosen = [row for row in rows if row["case"] == code]
         print(f"  {code} {chosen[0]['vendor']}  {_means(chosen)}")

@@ -1,4 +1,4 @@
-"""Predictions on each case's own grid, their scores, and the tables made of them."""
+"""Predictions on each case's own grid, their scores, and the tables made from them."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ CASES = ("model", "case", "vendor", "centre", "phase", "region", *metrics.SCORES
 TABLE = ("model", *REGIONS, *VENDORS, "total")
 CLINICAL = ("model", "case", "vendor", "quantity", "measured", "reference")
 AGREEMENT = ("model", "quantity", "bias", "loa_low", "loa_high", "r", "mae", "n")
-FAILURE = ("model", "case", "phase", "region")  # what names one
+FAILURE = ("model", "case", "phase", "region")  # columns that identify one
 COMPARISON = ("group", "mean_difference", "low", "high", "p", "n")
 
 
@@ -32,10 +32,10 @@ COMPARISON = ("group", "mean_difference", "low", "high", "p", "n")
 
 
 def regions_on_own_grid(network, frames, grid, device):
-    """Softmax of LV, MYO, RV (3, X, Y, Z) of each of `frames` (F, Z, 1, S, S) on a `Grid`; 0 outside it.
+    """Yield softmax of LV, MYO, RV (3, X, Y, Z), 0 outside the crop, of each of `frames` (F, Z, 1, S, S).
 
-    Yields them in order. The slices of several frames go through the network together, of no more than fill a
-    GPU, so that memory does not grow with the cine.
+    Slices of several frames go through the network together, but no more than fill a GPU, so that memory does
+    not grow with the cine.
     """
     slices = frames.shape[1]
     for some in frames.split(max(1, SLICES_AT_ONCE // slices)):
@@ -45,11 +45,11 @@ def regions_on_own_grid(network, frames, grid, device):
 
 
 def predict(network, store, frames):
-    """Labels (X, Y, Z, T) uint8, 0 but in `frames`, of the one case in `store`, and softmax (4, X, Y, Z) of
-    ED and ES, by frame.
+    """Segment `frames` of the one case in `store`: labels (X, Y, Z, T) uint8, 0 in all other frames, and
+    {frame: softmax (4, X, Y, Z)} of ED and ES.
     """
     (case,) = store.cases
-    labels, softmax = np.zeros(case.shape, np.uint8, order="F"), {}  # as NIfTI has it
+    labels, softmax = np.zeros(case.shape, np.uint8, order="F"), {}  # as in NIfTI
     slices = store.images(torch.from_numpy(np.concatenate([case.rows(frame) for frame in frames])))
     slices, grid = slices.unflatten(0, (len(frames), case.slices)), case.grid(store.cache)
     for frame, regions in zip(frames, regions_on_own_grid(network, slices, grid, store.device)):
@@ -60,7 +60,7 @@ def predict(network, store, frames):
 
 
 def prediction_path(folder, code):
-    """Where the prediction of a case lies, below the folder of a model's."""
+    """The file of a case's prediction, in the folder of a model's predictions."""
     return folder / f"{code}_sa_pred.nii.gz"
 
 
@@ -70,7 +70,7 @@ def score_model(model, network, cache, cases, settings, device, folder, parts=UN
     """
 
     def predicted(case):
-        store = SliceStore(cache, [case], device, place="file")  # of all frames, maybe two are read
+        store = SliceStore(cache, [case], device, place="file")  # often only two of all frames are read
         frames = range(case.frames) if settings.all_frames else (case.ed, case.es)
         prediction, softmax = predict(network, store, frames)
         return case, prediction, softmax, prediction_path(folder, case.code), settings.largest_component
@@ -103,19 +103,19 @@ def read_scores(path):
         rows = [{name: row[name] for name in CASES} for row in read_csv(path)]
         return [row | {name: float(row[name] or "nan") for name in CASES[6:]} for row in rows]
     except (KeyError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: not scores of this program; --overwrite starts anew") from error
+        raise InputError(f"{path}: not scores of this program; use --overwrite to redo them") from error
 
 
-# -------------------------------------------------------------------------------- what the scores say
+# -------------------------------------------------------------------------------- results
 
 
 @dataclasses.dataclass
 class Results:
-    """What is reported, and what of: numbers are made of the rows of cases.csv alone, lists of mappings."""
+    """All that is reported; its numbers are computed only from the rows of cases.csv, a list of mappings."""
 
     rows: list  # cases.csv
     largest: list | None  # the same for the largest components, with --largest-component
-    cache: Cache  # of the dataset; where it is the `own`, with the labels that training knew
+    cache: Cache  # of the dataset; if it is the `own`, with the labels known in training
     cases: list  # that were scored
     split: str
     trained: dict  # {model: {"steps", "best" (validation Dice), "settings" (of the run)}}
@@ -123,13 +123,13 @@ class Results:
 
     def __post_init__(self):
         self.models = list(self.trained)
-        self.used = self.trained[self.models[0]]["settings"]  # what a run differs in is not read from here
+        self.used = self.trained[self.models[0]]["settings"]  # read only for what the runs have in common
         training, validation = self.cache.split("Training"), []
         if self.own and any(case.labelled for case in training):
             chosen = self.used["seed"], self.used["held_out"]
             training, validation, _ = self.cache.training_and_validation(*chosen, over=True)
         self.learnt_from = [case for case in training if case.labelled]
-        self.validated = {case.code for case in validation}  # chose the checkpoints
+        self.validated = {case.code for case in validation}  # cases that chose the checkpoints
         self.seen = {case.vendor for case in self.learnt_from}  # vendors whose labels were trained on
         self.unlabelled = {case.vendor for case in training} - self.seen
         self.table = self._table(self.rows, "dice")
@@ -148,7 +148,7 @@ class Results:
         return [table_row(model, [r for r in rows if r["model"] == model], score) for model in self.models]
 
     def measured(self, model, quantity):
-        """Two arrays (N,), one number a case: a model's measurements of a clinical quantity, the expert's."""
+        """Two arrays (N,), one number per case: a clinical quantity by a model and by the expert."""
         rows = [row for row in self.clinical if (row["model"], row["quantity"]) == (model, quantity)]
         return tuple(np.array([row[name] for row in rows]) for name in ("measured", "reference"))
 
@@ -170,11 +170,11 @@ class Results:
 
     @property
     def unlike(self):
-        """The settings of the training that the two models differ in, but for its length, in words."""
+        """The training settings, except its length, in which the two models differ, in words."""
         runs, found = [run["settings"] for run in self.trained.values()], []
         for name in (item.name for item in dataclasses.fields(SegmentationSettings)):
             values = [str(run.get(name)) for run in runs]
-            # other patients held out are other cases, which are refused
+            # other held-out patients are other cases, which evaluate.py refuses
             if name not in (*HERE, *BUDGET, "held_out") and len(set(values)) > 1:
                 found.append(f"{name} ({', '.join(values)})")
         return found
@@ -191,8 +191,8 @@ class Results:
         return f"{name} *" if self.own and name in VENDORS and name not in self.seen else name
 
     def cells(self, table):
-        """A table as rows of text, names first: a row a model, the gain of `propagated` over `original`, the
-        steps; vendors that training did not see get a *.
+        """A table as rows of text: names, a row per model, the gain of `propagated` over `original`; the last
+        column is the steps. A * marks vendors not trained on.
         """
         names = [self.starred(name) for name in TABLE]
         lines = [[row["model"], *(number(row[name]) for name in TABLE[1:])] for row in table]
@@ -203,19 +203,19 @@ class Results:
         return [[*line, step] for line, step in zip([names, *lines], steps)]
 
     def caption(self):
-        """What Table 1 is a table of, in words: cases, vendors that training saw, what failed."""
-        text = ("Dice in 3-D on each case's own grid, mean over case, phase (ED, ES) and region; "
+        """The caption of Table 1: cases, vendors trained on, failures."""
+        text = ("Dice in 3-D on each case's own grid, mean over cases, phases (ED, ES) and regions; "
                 f"{counted(len(self.cases), 'case')} of {self.split} of {self.cache.name}.")
         if self.own and self.split != "Testing":
             scored = {case.code for case in self.cases}
             known = scored & {case.code for case in self.learnt_from}
             text += f" THE NETWORKS WERE TRAINED ON {len(known)} OF THESE CASES." if known else ""
             if scored & self.validated:
-                text += " Cases that validation used helped to choose the checkpoints."
+                text += " Some were used in validation, which chose the checkpoints."
         if len({run["steps"] for run in self.trained.values()}) > 1:
-            text += " THE NETWORKS WERE NOT TRAINED FOR EQUALLY MANY STEPS."
+            text += " THE NETWORKS WERE TRAINED FOR DIFFERENT NUMBERS OF STEPS."
         if self.unlike:
-            text += f" BESIDES THEIR LABELS THE NETWORKS DIFFER IN {'; '.join(self.unlike)}."
+            text += f" BESIDES THEIR LABELS, THE NETWORKS DIFFER IN {'; '.join(self.unlike)}."
         if self.own:
             vendors = ", ".join(sorted(self.seen))
             text += f" Trained on {self.labels}, of vendor {vendors}; * marks the others."
@@ -227,21 +227,21 @@ class Results:
         if self.cache.skipped:
             text += f" {len(self.cache.skipped)} left out with --skip-bad: {'; '.join(self.cache.skipped)}."
         if self.undefined:
-            text += f" {self.undefined} scores are not defined (region absent from both masks) and left out."
+            text += f" {self.undefined} scores are undefined (region absent from both masks) and left out."
         if self.failures:
             names = [" ".join(row[name] for name in FAILURE) for row in self.failures]
             more = f" and {len(names) - 8} more, see summary.json" if len(names) > 8 else ""
-            text += f" {len(names)} failures (region in one mask alone, Dice 0): "
+            text += f" {len(names)} failures (region in only one mask, Dice 0): "
             text += f"{', '.join(names[:8])}{more}."
         return text
 
     def gain(self):
-        """The gain of `propagated` with its interval and p-value in words, "" with one model alone."""
+        """The gain of `propagated` with its interval and p-value, in words; "" if there is only one model."""
         if not self.comparison:
             return ""
         found = self.comparison[0]
         gain, low, high = (number(found[name], "+.4f") for name in ("mean_difference", "low", "high"))
-        text = f"propagated - original: mean Dice of a patient {gain}"
+        text = f"propagated - original: mean Dice per patient {gain}"
         if not low:  # not defined for a single patient
             return f"{text}, {counted(found['n'], 'patient')}"
         return (f"{text} (95 % interval {low} to {high}, bootstrap over {found['n']} patients, one training "
@@ -249,7 +249,7 @@ class Results:
 
 
 def table_row(model, rows, score="dice"):
-    """Table 1's row of a model: the plain mean of the non-NaN scores by region, by vendor and in all."""
+    """Table 1's row of a model: the plain mean of the non-NaN scores by region, by vendor and overall."""
     row = {"model": model}
     for name in TABLE[1:]:
         row[name] = mean(r[score] for r in rows if name in (r["region"], r["vendor"], "total"))
@@ -269,8 +269,8 @@ def _case_dice(rows):
 
 
 def heart_function(volumes):
-    """What is read off volumes {(phase, region): ml}: EDV, ESV and stroke volume (ml) and ejection fraction
-    (%) of both ventricles, the mass of the myocardium at ED (g).
+    """Clinical quantities by name, from volumes {(phase, region): ml}: EDV, ESV and stroke volume (ml) and
+    ejection fraction (%) of both ventricles, and the mass of the myocardium at ED (g).
     """
     found = {}
     for region in ("LV", "RV"):
@@ -294,7 +294,7 @@ def clinical(rows):
 
 
 def comparison(rows):
-    """`propagated` minus `original`, a patient's mean Dice each: in all, by vendor and by region."""
+    """Mean Dice per patient, `propagated` minus `original`: overall, by vendor and by region, as rows."""
     found = []
     for group in ("all", *VENDORS, *REGIONS):
         if own := [row for row in rows if group in ("all", row["vendor"], row["region"])]:
@@ -304,7 +304,7 @@ def comparison(rows):
 
 
 def failures(rows):
-    """Rows whose region one mask lacks and the other has, and the count of regions that both lack."""
+    """Rows whose region is in only one of the masks, and the number of regions absent from both."""
     missing = [row for row in rows if row["dice"] == 0 and np.isnan(row["hd95_mm"])]
     return missing, sum(math.isnan(row["dice"]) for row in rows)
 
@@ -320,7 +320,7 @@ def aligned(lines, markdown=False):
 
 
 def counted(count, noun):
-    """A number of things in words."""
+    """A number with its noun: "1 case", "2 cases"."""
     return f"{count} {noun}{'s' * (count != 1)}"
 
 

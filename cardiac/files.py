@@ -1,4 +1,4 @@
-"""Files that are whole or absent, folders used by one process at a time, and errors a user can act on."""
+"""Files that are complete or absent, folders used by one process at a time, errors a user can act on."""
 
 import argparse
 import contextlib
@@ -18,23 +18,23 @@ class InputError(Exception):
 
 
 def shown(text):
-    """A path, message or value from outside, on one line whatever it holds."""
+    """A path, message or value from outside as printable text on one line, escaped if necessary."""
     text = str(text)
     return text if text.isprintable() else ascii(text)
 
 
 def joined(values, comma=", "):
-    """Values as words of a message."""
+    """Values joined for a message."""
     return comma.join(str(value) for value in values)
 
 
 def fault(path, what):
-    """The InputError of a file: which, and what is wrong."""
+    """An InputError about a file: which one, and what is wrong."""
     return InputError(f"{shown(path)}: {what}")
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line; what is wrong with one is an InputError, one line as everywhere."""
+    """A command-line parser that raises InputErrors, one line each like all others."""
 
     def error(self, message):
         raise InputError(f"{' '.join(message.split())}; see --help")
@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def _named(path):
-    """Say which file it was in an OSError of the block: a full disk does not."""
+    """Add the file's name to an OSError raised in the block; a full disk leaves it out."""
     try:
         yield
     except OSError as error:
@@ -52,11 +52,11 @@ def _named(path):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Give a temporary path beside `path`; rename it to `path` when the block ends well, else remove it.
+    """Yield a temporary path beside `path`; rename it to `path` if the block succeeds, otherwise remove it.
 
-    The file is fsynced before the rename and its folder after, so that what has the final name is whole even
-    after a power cut. The temporary name keeps the suffix (nibabel goes by it) and is always the same, so
-    that what a killed process left behind is overwritten by the next one.
+    The file is fsynced before the rename and its folder after it, so that a file with the final name is
+    complete even after a power cut. The temporary name keeps the suffix (nibabel relies on it) and is always
+    the same, so that the next process overwrites what a killed one left behind.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def replacing(path):
 
 @contextlib.contextmanager
 def writing_hdf5(path, size):
-    """`replacing` for an open HDF5 file of up to `size` bytes, which are reserved before.
+    """`replacing` for an HDF5 file of up to `size` bytes, reserved in advance: yields it open for writing.
 
     HDF5 does not survive a full disk: the process crashes when the file is closed, without a message.
     """
@@ -89,7 +89,7 @@ def writing_hdf5(path, size):
 
 
 def write_in_place(path, pieces):
-    """Write {offset: bytes or a C-contiguous array} into the file at `path`, and bring it to the disk."""
+    """Write {offset: bytes or a C-contiguous array} into the file at `path`, and fsync it."""
     with _named(path), open(path, "rb+") as file:
         for offset, piece in pieces.items():
             file.seek(offset)
@@ -99,10 +99,10 @@ def write_in_place(path, pieces):
 
 
 def hdf5_dataset(file, name):
-    """Dataset `name` of an open HDF5 file, maybe a stranger's; ValueError where it is not fit to be read.
+    """Dataset `name` of an open, possibly untrusted HDF5 file; ValueError if it is not safe to read.
 
-    It has to lie in the file itself, not behind a link, and claim no more bytes than the file has (text of
-    variable length could claim any number).
+    It must be stored in the file itself, not behind a link, and claim no more bytes than the file has (text
+    of variable length could claim any number).
     """
     if not isinstance(file.get(name, getlink=True), h5py.HardLink):
         raise ValueError(f"no dataset {name} in it")
@@ -115,7 +115,7 @@ def hdf5_dataset(file, name):
 
 
 def digest(*pieces):
-    """Sixteen hexadecimal digits that tell texts, bytes or C-contiguous arrays, joined, from others."""
+    """Sixteen hexadecimal digits of the SHA-256 of texts, bytes or C-contiguous arrays, joined."""
     found = hashlib.sha256()
     for piece in pieces:
         found.update(piece.encode() if isinstance(piece, str) else piece)
@@ -123,18 +123,18 @@ def digest(*pieces):
 
 
 def write_bytes(path, data):
-    """Write `data` (bytes) to `path`, whole or not at all."""
+    """Write `data` (bytes) to `path` atomically."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
 
 def write_text(path, text):
-    """Write `text` (str) to `path` as UTF-8, whole or not at all."""
+    """Write `text` (str) to `path` as UTF-8, atomically."""
     write_bytes(path, text.encode())
 
 
 def made_by(path):
-    """The command that makes the run that the file at `path` belongs to, and no other."""
+    """The command that redoes the run, and no other, to which the file at `path` belongs."""
     folder = Path(path).parent
     if folder.parent.name == "segmentation":
         return f"train_segmentation.py --labels {folder.name}"
@@ -150,22 +150,22 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """Read a JSON object; InputError where the file is none."""
+    """Read a JSON object; InputError if the file does not contain one."""
     try:
         value = json.loads(Path(path).read_text())
         if not isinstance(value, dict):
             raise ValueError("not an object")
         return value
     except (ValueError, OSError) as error:
-        what = f"not readable as JSON ({error}); {made_by(path)} --overwrite makes it anew"
+        what = f"not readable as JSON ({error}); {made_by(path)} --overwrite redoes it"
         raise InputError(f"{path}: {what}") from error
 
 
 def write_csv(path, columns, rows):
     """Write rows (mappings) as CSV with these columns. NaN is an empty cell; floats have six decimals, or
-    twelve next to 0.
+    twelve if they are close to 0.
 
-    A text that a spreadsheet would run as a formula is written with a quote in front of it.
+    Text that a spreadsheet would run as a formula is written with a quote in front of it.
     """
     buffer = io.StringIO(newline="")
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")
@@ -176,7 +176,7 @@ def write_csv(path, columns, rows):
 
 
 def read_csv(path):
-    """Read a CSV file written by `write_csv` as a list of dicts of strings, without the quotes it put."""
+    """Read a CSV file written by `write_csv` as a list of dicts of strings, without the quotes it added."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     return [{name: text and text.removeprefix("'") for name, text in row.items()} for row in rows]
@@ -196,8 +196,8 @@ def _cell(value):
 def locked(path, busy=None, wait=False):
     """Hold an exclusive lock on the file `path` for the block.
 
-    With `wait`, wait for another holder, after printing `busy`; without, raise InputError(`busy`). The kernel
-    drops the lock of a process that dies, so a killed run leaves no lock behind.
+    If another process holds it: with `wait`, print `busy` and wait; otherwise raise InputError(`busy`). The
+    kernel releases the lock of a process that dies, so a killed run leaves no lock behind.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -213,7 +213,7 @@ def locked(path, busy=None, wait=False):
 
 
 def sync_folder(folder):
-    """Bring the names in a folder to the disk."""
+    """Fsync a folder, that is, the names in it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

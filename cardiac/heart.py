@@ -4,12 +4,12 @@ A short-axis slice is painted once, at end-diastole (ED). Every other frame pull
 invertible in-plane map, so label and displacement are exact in every frame. In the LV's polar coordinates
 the map is linear in the squared radius, piece by piece along every ray: LV and RV cavity lose area with
 ejection; the wall's area grows by 1 / (1 - longitudinal shortening), so that the wall keeps its volume and
-thickens; beyond the heart the motion dies away. Twist turns the rays, and the heart swings as a whole.
+thickens; beyond the heart the motion fades. Twist rotates the rays, and the heart also moves as a whole.
 
-Through the plane only the base moves, towards the apex, by the same shortening. A slice it leaves behind
-fades to the atria as their share of its slab grows, and has no label from one half on. The displacement
-stays in the plane and knows nothing of this: in such a frame it carries ED's label to where the truth has
-none. A slab that lies partly below the apex moves less, in proportion.
+Through the plane only the base moves, towards the apex, by the same shortening. A slice that it leaves fades
+into the atria as their share of its slab grows, and has no label once that share reaches one half. The
+displacement stays in the plane and ignores this: in such a frame it carries ED's label to where the truth has
+none. A slab that lies partly below the apex moves proportionally less.
 """
 
 from collections import namedtuple
@@ -18,13 +18,13 @@ import numpy as np
 
 from cardiac import LABELS
 
-REACH = 34.0  # mm beyond the heart in which its motion dies away; over 1.54 x the largest motion: invertible
-TIP = 0.05  # share of the LV's length, at the apex, that is muscle alone: no labels there
+REACH = 34.0  # mm beyond the heart within which motion fades; invertible: over 1.54 x the largest motion
+TIP = 0.05  # share of the LV's length, at the apex, that is only muscle: no labels there
 
-# Ranges to draw from, by M&Ms' names of pathologies, after adult reference values of CMR (Kawel-Boehm 2015)
-# and each disease's textbook picture. At ED: LV cavity radius, wall thickness (mm), share by which the septum
-# is thicker, RV depth (mm). Then ejection fractions of LV and RV, longitudinal shortening of both: those of a
-# cylinder; the labels, whose largest sections the base leaves, eject more (RV .57 on average for .45 drawn).
+# Ranges to draw from, by M&Ms' pathology codes, after adult reference values of CMR (Kawel-Boehm 2015) and
+# textbooks. At ED: LV cavity radius, wall thickness (mm), relative thickening of the septum, RV depth (mm).
+# Then ejection fractions of LV and RV and longitudinal shortening of both, as for a cylinder; the labels
+# eject more, since the base leaves their largest sections (RV .57 on average for .45 drawn).
 Disease = namedtuple("Disease", "radius wall asymmetry rv_depth ejection rv_ejection shortening")
 DISEASES = {
     "NOR": Disease((23, 27), (7.5, 9.0), (0.0, 0.1), (28, 34), (0.55, 0.66), (0.45, 0.55), (0.14, 0.18)),
@@ -42,15 +42,15 @@ class Heart:
         drawn = Disease(*(rng.uniform(*limits) for limits in disease))
         self.radius, self.wall, self.asymmetry, self.rv_depth = drawn[:4]
         self.shortening = drawn.shortening
-        # Volume is area times length: length takes its share of the ejection, area the rest.
+        # Volume is area times length: shortening gives part of the ejection, loss of area the rest.
         self.contraction = 1 - (1 - drawn.ejection) / (1 - drawn.shortening)
         self.rv_contraction = 1 - (1 - drawn.rv_ejection) / (1 - drawn.shortening)
-        self.uneven = rng.uniform(0, 0.2), rng.uniform(0, 2 * np.pi)  # contraction around it: share, phase
-        # The apex turns by about 9 degrees, the base by 3 against it; less where ejection is weak.
+        self.uneven = rng.uniform(0, 0.2), rng.uniform(0, 2 * np.pi)  # regional variation: share, phase
+        # The apex rotates by about 9 degrees, the base by 3 the other way; less if ejection is weak.
         self.twist = np.deg2rad([rng.uniform(6, 11), -rng.uniform(2, 5)]) * drawn.ejection / 0.6
         self.angle = np.deg2rad(rng.uniform(140, 250)).item()  # from the LV to the RV
         self.rv_from = rng.uniform(0.12, 0.25)  # height of the RV's apex, see `Section`
-        self.wobble = rng.uniform(0, (0.02, 2 * np.pi), (3, 2)).tolist()  # harmonics 2 to 4: share, phase
+        self.wobble = rng.uniform(0, (0.02, 2 * np.pi), (3, 2)).tolist()  # harmonics 2 to 4: amplitude, phase
         turn, ratio = rng.uniform(0, np.pi), np.sqrt(rng.uniform(1.0, 1.12))  # the LV is a little oval
         axis = np.outer(*[[np.cos(turn), np.sin(turn)]] * 2)
         self.stretch = (ratio * axis + (np.eye(2) - axis) / ratio).astype(np.float32)  # determinant 1
@@ -62,7 +62,7 @@ class Heart:
 class Section:
     """One slice through a `Heart`: outlines and tissue at ED, and the motion.
 
-    `height` is 0 at the LV's apex and 1 at its base at ED, `centre` (2,) the LV's. Positions are in mm along
+    `height` is 0 at the LV's apex, 1 at its base at ED; `centre` (2,) is the LV's. Positions are in mm along
     the two array axes from the first pixel's centre, arrays (2, X, Y).
     """
 
@@ -76,12 +76,12 @@ class Section:
         self.twist = float(heart.twist[0] + (heart.twist[1] - heart.twist[0]) * inside)
 
     def polar(self, position):
-        """Radius (mm) and angle from the RV, in the coordinates in which the LV is round."""
+        """Radius (mm) and angle from the RV's direction, in coordinates in which the LV is round."""
         y = np.tensordot(np.linalg.inv(self.heart.stretch), position - self.centre, 1)
         return np.hypot(*y), np.arctan2(y[1], y[0]) - self.heart.angle
 
     def outlines(self, angle):
-        """Radii (mm) at ED of LV cavity, wall and RV along rays; no RV where that is below the wall's."""
+        """Radii (mm) at ED of LV cavity, wall and RV along rays; RV radii below the wall's mean no RV."""
         waves = enumerate(self.heart.wobble, start=2)
         inner = self.inner * (1 + sum(a * np.cos(m * angle + phase) for m, (a, phase) in waves))
         wall = inner + self.wall * (1 + self.heart.asymmetry * np.cos(angle))
@@ -94,7 +94,7 @@ class Section:
         return inner, wall, free
 
     def label(self, position):
-        """Label (uint8) of the tissue at ED positions. Papillary muscles count as cavity, as experts draw."""
+        """Label (uint8) of the tissue at ED positions. Papillary muscles count as cavity, as for experts."""
         r, angle = self.polar(position)
         values = [np.uint8(LABELS[name]) for name in ("LV", "MYO", "RV")]
         return np.select([r < outline for outline in self.outlines(angle)], values, np.uint8(0))
@@ -128,7 +128,7 @@ class Chest:
 
     def __init__(self, rng, heart):
         outer = heart.radius + heart.wall
-        front = heart.angle + rng.uniform(0.35, 0.75)  # the sternum is before the RV, the liver below both
+        front = heart.angle + rng.uniform(0.35, 0.75)  # sternum in front of the RV, liver below both
         self.front = np.float32([np.cos(front), np.sin(front)])
         self.below = np.float32([-np.sin(front), np.cos(front)])
         self.radius = rng.uniform(95, 120)  # of the chest wall's inner side
@@ -142,9 +142,9 @@ class Chest:
         self.papillary_radius = rng.uniform(3.0, 4.5)
 
     def paint(self, section, position, texture, vendor):
-        """Signal at ED positions (2, n, m), three times: chest alone, with the atria, with the ventricles.
+        """Three signals at ED positions (2, n, m): of the chest alone, with the atria, with the ventricles.
 
-        `texture` (2, n, m) is fine and coarse, of unit variance. Later layers lie over earlier ones.
+        `texture` (2, n, m) is a fine and a coarse pattern of unit variance. Later layers cover earlier ones.
         """
         fine, coarse = texture
         flesh = 1 + 0.08 * fine + 0.05 * coarse
@@ -152,7 +152,7 @@ class Chest:
         blood = vendor.blood * (1 + 0.04 * fine)
         y = position - section.centre
         wall = np.hypot(*(y - self.middle.reshape(2, 1, 1))) - self.radius - 0.8 * coarse
-        # Heart and diaphragm touch along the whole stack: it rises towards the apex as the heart tapers.
+        # The diaphragm touches the heart in every slice: it rises towards the apex, as the heart tapers.
         depth = np.tensordot(self.below, y, 1) - self.diaphragm + 0.6 * (section.heart.radius - section.inner)
         aorta, spine = (np.hypot(*(y - at.reshape(2, 1, 1))) for at in (self.aorta, self.spine))
         chest = 0.09 + 0.12 * np.maximum(fine + coarse - 1.8, 0)  # lung and its vessels
@@ -168,12 +168,12 @@ class Chest:
         r, angle = section.polar(position)
         inner, wall, free = section.outlines(angle)
         epicardium = np.maximum(wall, free + 3)  # the RV's wall is 3 mm thin and has no label
-        pad = self.rim * (1 + 0.35 * coarse + np.maximum(np.cos(angle + 0.6), 0))  # thickest before the RV
+        pad = self.rim * (1 + 0.35 * coarse + np.maximum(np.cos(angle + 0.6), 0))  # thickest over the RV
         heart = _over(_over(chest, fat, epicardium + pad - r), myocardium, epicardium - r)
         trabeculae = 0.35 * np.maximum(fine - 0.8, 0) * (vendor.blood - vendor.myocardium)
         heart = _over(heart, blood - trabeculae, free - r)
         heart = _over(heart, myocardium, wall - r)
-        atria = _over(heart, blood, wall - 2.5 - r)  # the left one's wall is thin
+        atria = _over(heart, blood, wall - 2.5 - r)  # the left atrium's wall is thin
         heart = _over(heart, blood, inner - r)
         for at in self.papillary if 0.25 < section.height < 0.8 else ():
             across = np.hypot(r * np.cos(angle - at) - 0.68 * inner, r * np.sin(angle - at))
@@ -194,10 +194,10 @@ def _fade(x):
 def time_course(frames, ed, es):
     """Share of the contraction reached, a list of T numbers from 0 at frame `ed` to 1 at frame `es`.
 
-    Systole is one pull; diastole has the fast early filling (3/4 of the volume), a pause, the atrial kick.
+    Systole is one contraction; diastole is fast early filling (3/4 of the volume), a pause, the atrial kick.
     """
     systole = (es - ed) % frames
     since = (np.arange(frames) - ed) % frames
-    rest = np.clip((since - systole) / (frames - systole), 0, 1)  # of diastole gone by
+    rest = np.clip((since - systole) / (frames - systole), 0, 1)  # elapsed share of diastole
     filled = 0.75 * (1 - _fade(rest / 0.5)) + 0.25 * (1 - _fade((rest - 0.7) / 0.3))
     return (np.sin(np.pi / 2 * np.minimum(since / systole, 1)) ** 2 * (1 - filled)).tolist()

@@ -1,10 +1,10 @@
-"""How datasets lie on disk, M&Ms and ACDC: their folders and tables, to cases.
+"""How M&Ms and ACDC are stored on disk: from their folders and tables to cases.
 
-`read_cases` looks at paths, tables and NIfTI headers only, a millisecond a case, so that faults are found
-before anything long is started. The datasets differ in what `_mms_case` and `_acdc_case` alone know:
+`read_cases` looks only at paths, tables and NIfTI headers, a millisecond per case, so that faults are found
+before anything long is started. Only `_mms_case` and `_acdc_case` know how the two datasets differ:
 
     M&Ms   CODE_sa.nii.gz, one 4-D label file   ED and ES in one table, zero-based     1 LV, 2 MYO, 3 RV
-    ACDC   CODE_4d.nii.gz, a 3-D file a frame   ED and ES in Info.cfg, one-based       1 RV, 2 MYO, 3 LV
+    ACDC   CODE_4d.nii.gz, 3-D file per frame   ED and ES in Info.cfg, one-based       1 RV, 2 MYO, 3 LV
 """
 
 import collections
@@ -18,18 +18,18 @@ from cardiac.cases import LV, MYO, RV, SPLITS, VENDORS, Case, Dataset
 from cardiac.files import InputError, fault, joined, shown
 from cardiac.nifti import read_header, spacing_of, times
 
-MMS_ORDER, ACDC_ORDER = (0, LV, MYO, RV), (0, RV, MYO, LV)  # our label of each value in their files
+MMS_ORDER, ACDC_ORDER = (0, LV, MYO, RV), (0, RV, MYO, LV)  # our label for each value in their files
 UNLABELLED = "training/unlabeled"
-MMS_PLACES = ("training/labeled", UNLABELLED, "validation", "testing")  # folders of cases, in any case
+MMS_PLACES = ("training/labeled", UNLABELLED, "validation", "testing")  # case folders; letter case ignored
 ACDC_PLACES = ("training", "testing")
 
 CODE = re.compile(r"[\w-][\w.-]{0,99}", re.ASCII)
 
 
 def read_cases(root):
-    """The `Dataset` in folder `root`, by its headers; InputError where there is none."""
+    """The `Dataset` in folder `root`, from its headers; InputError if there is none."""
     base = _find_base(Path(root))
-    tables = _tables(base) or _tables(root)  # beside the folder of the archive
+    tables = _tables(base) or _tables(root)  # beside the unpacked folder
     if len(tables) > 1:
         what = f"{len(tables)} files match *opendataset.csv ({joined(shown(path.name) for path in tables)})"
         raise fault(tables[0].parent, f"{what}; keep one of them")
@@ -40,7 +40,7 @@ def read_cases(root):
         kind, (cases, problems), warnings = "ACDC", _read_all(patients, partial(_acdc_case, base)), []
     else:
         what = "no table *opendataset.csv (M&Ms) and no folders training/patient001 (ACDC) in it"
-        raise fault(base, f"{what}; copy the table of the download there")
+        raise fault(base, f"{what}; copy the downloaded table there")
     if not cases and not problems:
         raise fault(base, "no folders of cases in it; give --data the folder that holds Training")
     cases = sorted(cases, key=lambda case: (SPLITS.index(case.split), case.code))
@@ -51,7 +51,7 @@ def read_cases(root):
 
 
 def _listing(folder):
-    """What lies in a folder, sorted, without what systems put there (hidden files, @eaDir, __MACOSX)."""
+    """A folder's contents, sorted, without what systems add (hidden files, @eaDir, __MACOSX)."""
     try:
         return sorted(path for path in Path(folder).iterdir() if not path.name.startswith((".", "@", "__")))
     except OSError as error:
@@ -73,11 +73,11 @@ def _find_base(root):
             raise fault(root, f"give --data one of its datasets: {joined(shown(b.name) for b in bases)}")
         if bases:
             return bases[0]
-    raise fault(root, "no folder Training, Validation or Testing in it; give --data the one above them")
+    raise fault(root, "no folder Training, Validation or Testing in it; give --data their parent folder")
 
 
 def _case_folders(base, places):
-    """[(place, case folder)] for places such as "training/labeled", spelt in any case on disk."""
+    """[(place, case folder)] for places such as "training/labeled", ignoring upper and lower case."""
     found = []
     for place in places:
         folders = [base]
@@ -88,7 +88,7 @@ def _case_folders(base, places):
 
 
 def _read_all(folders, read):
-    """(cases, problems): `read(place, folder)` of each (place, folder), or the line that says why not."""
+    """(cases, problems): `read(place, folder)` of each (place, folder), or a line that says why it failed."""
     cases, problems = [], {}
     places = collections.defaultdict(list)
     for place, folder in folders:
@@ -99,12 +99,12 @@ def _read_all(folders, read):
                 raise InputError(f"duplicate case, in {' and '.join(places[folder.name.lower()])}; keep one")
             cases.append(read(place, folder))
         except InputError as error:
-            problems[f"{shown(folder.name)}: {error}"] = None  # a dict: a duplicate is said once, in order
+            problems[f"{shown(folder.name)}: {error}"] = None  # a dict: duplicates reported once, in order
     return cases, list(problems)
 
 
 def _find_file(folder, stem):
-    """The file STEM.nii.gz or STEM.nii in a folder, spelt in any case."""
+    """The file STEM.nii.gz or STEM.nii in a folder, ignoring upper and lower case."""
     names = {path.name.lower(): path for path in _listing(folder)}
     for suffix in (".nii.gz", ".nii"):
         if path := names.get(f"{stem}{suffix}".lower()):
@@ -138,8 +138,8 @@ def _phases(ed, es, frames, first):
 def _read_mms(base, table):
     """(cases, problems, warnings) of a folder in the M&Ms layout.
 
-    Where a split is absent altogether (not downloaded), rows without a folder are taken to be its rows; they
-    do not name their split, but ED = ES = 0 marks those of Training/Unlabeled. Else they are problems.
+    If a split is missing altogether (not downloaded), rows without a folder are assumed to belong to it; rows
+    do not name their split, but ED = ES = 0 marks those of Training/Unlabeled. Otherwise they are problems.
     """
     rows, problems = _read_rows(table)
     folders = _case_folders(base, MMS_PLACES)
@@ -157,7 +157,7 @@ def _read_mms(base, table):
 
 
 def _read_rows(table):
-    """{code in lower case: [(line, {column: text})]} of the table, and problems of rows that name no case."""
+    """{code in lower case: [(line, {column: text})]} of the table, and problems: rows without valid code."""
     rows, problems = collections.defaultdict(list), []
     try:
         with open(table, newline="", encoding="utf-8-sig", errors="replace") as file:
@@ -171,7 +171,7 @@ def _read_rows(table):
             found = ascii(", ".join(reader.fieldnames))[:200]
             raise fault(table, f"no column {joined(columns, ' or ')}; the first line is {found}")
     for line, row in content:
-        row = {name: text.strip() for name, text in row.items() if name}  # '' is the index, or cells too many
+        row = {name: text.strip() for name, text in row.items() if name}  # '' is the index, or surplus cells
         if CODE.fullmatch(row["External code"]):
             rows[row["External code"].lower()].append((line, row))
         elif any(row.values()):
@@ -198,7 +198,7 @@ def _mms_case(base, table, rows, place, folder):
             ed, es = _phases(row["ED"], row["ES"], shape[3], first=0)
     except InputError as error:
         raise InputError(f"line {line} of {shown(table.name)}: {error}") from error
-    if place != UNLABELLED:  # whose label files, where there are any, are empty
+    if place != UNLABELLED:  # unlabelled cases may have label files, but empty ones
         labels = (_find_file(folder, f"{code}_sa_gt"),)
         _check_label_shape(labels[0], shape)
     split, spacing = place.split("/")[0].title(), spacing_of(header, image)
@@ -206,7 +206,7 @@ def _mms_case(base, table, rows, place, folder):
 
 
 def _vendor(letter, name):
-    """Letter of a vendor, from its column or, where that is empty, from the name."""
+    """Letter of a vendor, from its column or, if that is empty, from the name."""
     if not letter:
         name = name.lower().replace("general electric", "ge")
         letter = next((key for key, maker in VENDORS.items() if re.match(rf"{maker.lower()}\b", name)), "")

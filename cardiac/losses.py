@@ -1,4 +1,4 @@
-"""What is minimised: image similarity, smoothness, overlap of labels, cross-entropy."""
+"""The losses: image similarity, smoothness, overlap of labels, cross-entropy."""
 
 import functools
 
@@ -7,16 +7,16 @@ import torch.nn.functional as F
 
 from cardiac import CLASSES, parallel
 
-IGNORED = 255  # the label of a pixel that nobody labelled
+IGNORED = 255  # the value of pixels without a label
 
 
 def local_ncc(warped, fixed, window=9):
-    """1 - squared local normalised cross-correlation of two (B, 1, H, W): a scalar in [0, 1].
+    """1 - mean squared local normalised cross-correlation of two (B, 1, H, W): a scalar in [0, 1].
 
-    Avants et al., 2008, as VoxelMorph has it: means and variances over a window x window box. On flat patches
-    it stays right because each slice is standardised first (its scale no longer matters to the 1e-5), the box
-    filter is two one-dimensional averages (a summed-area table would lose small variances to cancellation in
-    float32), and variances are clamped at 0.
+    Avants et al., 2008, as in VoxelMorph: means and variances over a window x window box. It stays accurate
+    on flat patches because each slice is standardised first (so that the 1e-5 does not depend on its scale),
+    the box filter is two one-dimensional averages (a summed-area table would lose small variances to
+    cancellation in float32), and variances are clamped at 0.
     """
     with torch.autocast(warped.device.type, enabled=False):
         first, second = _standardised(warped.float()), _standardised(fixed.float())
@@ -29,9 +29,9 @@ def local_ncc(warped, fixed, window=9):
 
 
 def box_mean(images, window):
-    """Mean of images (..., H, W), float32, over a window x window box, as far as it lies inside.
+    """Mean of images (..., H, W), float32, over a window x window box, clipped at the border.
 
-    By a product with a banded matrix along each axis, dense though it is: on a CPU faster than `avg_pool2d`.
+    A product with a banded matrix along each axis; although dense, it is faster on a CPU than `avg_pool2d`.
     """
     rows, columns = (_averaging(n, window, images.device) for n in images.shape[-2:])
     return rows @ images @ columns.T
@@ -39,7 +39,7 @@ def box_mean(images, window):
 
 @functools.lru_cache(8)
 def _averaging(n, window, device):
-    """A matrix (n, n) whose row i averages the `window` about i, as far as it lies inside."""
+    """A matrix (n, n) whose row i averages the `window` pixels around i, clipped at the border."""
     place = torch.arange(n, device=device)
     near = ((place[:, None] - place).abs() <= window // 2).float()
     return near / near.sum(1, keepdim=True)
@@ -51,31 +51,31 @@ def _standardised(image):
 
 
 def diffusion(velocity):
-    """Mean squared forward difference, per pixel of its grid, of a velocity (B, 2, h, w): smoothness."""
+    """Smoothness: mean squared difference of a velocity (B, 2, h, w) between adjacent pixels of its grid."""
     along_h = velocity[..., 1:, :] - velocity[..., :-1, :]
     along_w = velocity[..., 1:] - velocity[..., :-1]
     return (along_h.square().mean() + along_w.square().mean()) / 2
 
 
 def one_hot(labels):
-    """Labels (B, H, W), 0 to 3 or IGNORED (then 0), to regions LV, MYO, RV: (B, 3, H, W) float32."""
+    """One-hot LV, MYO, RV (B, 3, H, W) float32 of labels (B, H, W) from 0 to 3, or IGNORED: all 0."""
     regions = torch.arange(1, CLASSES, device=labels.device, dtype=labels.dtype)
     return (labels[:, None] == regions.view(1, -1, 1, 1)).float()
 
 
 def region_dice(labels, target):
-    """Dice (3,) of LV, MYO, RV of two label maps (Z, H, W) of a case; NaN where both lack the region."""
+    """Dice (3,) of LV, MYO, RV between two label maps (Z, H, W) of a case; NaN if both lack the region."""
     found, wanted = one_hot(labels), one_hot(target)
     return 2 * (found * wanted).sum((0, 2, 3)) / (found + wanted).sum((0, 2, 3))
 
 
 def overlap_loss(warped, fixed, labelled):
-    """1 - soft Dice of warped regions with those of the fixed slice, both (B, 3, H, W); labelled: (B,) bool.
+    """1 - soft Dice of warped and fixed regions, both (B, 3, H, W); labelled: (B,), both with expert labels.
 
-    The mean over regions that both slices show, in samples with two expert labels: a region that one of two
-    slices lacks (apex, base) has nothing to be carried onto and is left out, not scored 0. 0 where no region
-    is left. Processes that share a batch divide by their mean count, so that the mean of their losses is that
-    of the whole batch; they must all call this.
+    The mean over the regions that both slices show, in labelled samples: a region that one slice lacks (apex,
+    base) cannot be matched and is left out, not scored 0. 0 if no region is left. Processes that share a
+    batch divide by their mean count, so that the mean of their losses is that of the whole batch; they must
+    all call this.
     """
     areas = warped.sum((-2, -1)), fixed.sum((-2, -1))
     counted = labelled[:, None] & (areas[0] > 0) & (areas[1] > 0)
@@ -84,10 +84,10 @@ def overlap_loss(warped, fixed, labelled):
 
 
 def difference_loss(warped, fixed, labelled):
-    """Mean squared difference of warped regions and those of the fixed slice; arguments as `overlap_loss`.
+    """Mean squared difference of warped and fixed regions; arguments as for `overlap_loss`.
 
-    Over samples with two expert labels. Unlike `overlap_loss` it counts every pixel alike, and a region that
-    the fixed slice lacks, which the base has left, shrinks as far as a diffeomorphism can.
+    Over labelled samples. Unlike `overlap_loss` it weights all pixels equally, and it shrinks a region that
+    the fixed slice lacks (the base has left it) as far as a diffeomorphism can.
     """
     difference = (warped - fixed).square().mean((1, 2, 3))
     count = parallel.mean(labelled.sum()).clamp(min=1 / parallel.processes())
@@ -105,7 +105,7 @@ def cross_entropy(logits, labels, trust=None):
 
 
 def soft_dice_loss(logits, labels, trust=None):
-    """1 - soft Dice (Milletari et al., 2016) of LV, MYO and RV; arguments as `cross_entropy`.
+    """1 - soft Dice (Milletari et al., 2016) of LV, MYO and RV; arguments as for `cross_entropy`.
 
     Over the whole batch, so that a slice without a region does not score 0 for it.
     """

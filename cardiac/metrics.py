@@ -1,8 +1,8 @@
-"""What is reported: overlap, surface distances and volumes of a case, and the statistics over patients.
+"""Evaluation metrics: overlap, surface distances and volumes of a case, and statistics over patients.
 
-Everything here takes and gives numpy arrays and plain floats, without torch, so that it runs in worker
-processes. NaN stands for "not defined" and never for a bad result: whoever averages leaves it out and shows
-how many. Definitions follow Taha & Hanbury, BMC Med. Imaging, 2015.
+Everything here takes and returns numpy arrays and plain floats, without torch, so that it can run in worker
+processes. NaN means "undefined" and never a bad result: averages leave it out and say how often. Definitions
+follow Taha & Hanbury, BMC Med. Imaging, 2015.
 """
 
 import numpy as np
@@ -31,18 +31,18 @@ def volume_ml(mask, spacing):
 
 
 def surface_distances(prediction, reference, spacing):
-    """HD95 and ASSD in mm of two masks (X, Y, Z), voxels of `spacing` (3,) mm; (NaN, NaN) if one is empty.
+    """HD95 and ASSD in mm of two masks (X, Y, Z), voxels of `spacing` (3,) mm; (NaN, NaN) if either is empty.
 
     The surface of a mask is its voxels with at least one of the six face neighbours outside it; beyond the
     array counts as outside. With d(A, B) the distances from every surface voxel of A to the nearest of B
     (centre to centre, exact):
 
     - HD95: the larger of the 95th percentiles of d(A, B) and of d(B, A), interpolated linearly;
-    - ASSD: the mean of d(A, B) and d(B, A) put together, so that the larger surface weighs more. The mean of
-      the two directed means, which some use, is another number.
+    - ASSD: the mean of d(A, B) and d(B, A) pooled, so that the larger surface weighs more. The mean of the
+      two directed means, which some use, is another number.
 
-    Both are those of MONAI 1.6.1, `compute_hausdorff_distance(percentile=95)` and
-    `compute_average_surface_distance(symmetric=True)`; where one mask is empty, it answers NaN and infinity.
+    Both agree with MONAI 1.6.1, `compute_hausdorff_distance(percentile=95)` and
+    `compute_average_surface_distance(symmetric=True)`, which return NaN and infinity if one mask is empty.
     """
     prediction, reference = _pair(prediction, reference)
     spacing = np.asarray(spacing, float)
@@ -59,7 +59,7 @@ def surface_distances(prediction, reference, spacing):
 
 
 def _pair(prediction, reference):
-    """Both as boolean arrays. Shapes that differ would broadcast in silence, so they are an error."""
+    """Both as boolean arrays. Different shapes are an error, since they would broadcast silently."""
     prediction, reference = np.asarray(prediction, bool), np.asarray(reference, bool)
     if prediction.shape != reference.shape:
         raise ValueError(f"masks differ in shape: {prediction.shape} and {reference.shape}")
@@ -67,10 +67,10 @@ def _pair(prediction, reference):
 
 
 def _directed(source, target, spacing):
-    """Distances in mm (N,) from each of the N voxels of `source` to the nearest voxel of `target`.
+    """Distances in mm (N,), in any order, from the N voxels of `source` to the nearest voxel of `target`.
 
-    Voxels that the two share are at 0 and need no search: half of them when the masks are alike. A distance
-    transform is as fast on a small box, but one stray voxel makes the box large; a k-d tree does not mind.
+    Shared voxels are at 0 and need no search: half of them if the masks are alike. A distance transform is as
+    fast on a small box, but one stray voxel makes the box large; a k-d tree is not affected.
     """
     astray = np.argwhere(source & ~target) * spacing
     distances = np.zeros(np.count_nonzero(source))
@@ -86,8 +86,8 @@ def _directed(source, target, spacing):
 def score_case(prediction, reference, spacing):
     """Scores of the labels of one case and phase (X, Y, Z) with voxels of `spacing` (3,) mm, by region.
 
-    Returns {region: {each of SCORES: number}}. A region that neither has: all NaN but the volumes, which are
-    0. A region that one lacks: Dice 0 and distances NaN, which makes it a failure.
+    Returns {region: {each of SCORES: number}}. If neither has a region, all are NaN except the volumes, which
+    are 0. If only one has it, Dice is 0 and distances are NaN, which makes it a failure.
     """
     scores = {}
     for region, label in LABELS.items():
@@ -101,7 +101,7 @@ def paper_dice(probabilities, reference):
     """Soft Dice of softmax (C, X, Y, Z) and labels (X, Y, Z), averaged over the slices, by region.
 
     (2 sum py) / (sum p + sum y + 1e-6) for each of the Z slices: one without the region counts as about 0,
-    however right the prediction is. This is what we take the figures of the paper to be.
+    even if the prediction is right. We assume that this is what the paper reports.
     """
     if probabilities.shape[1:] != reference.shape:
         raise ValueError(f"probabilities {probabilities.shape} do not fit labels {reference.shape}")
@@ -117,7 +117,7 @@ def paper_dice(probabilities, reference):
 def largest_component(labels):
     """Labels (X, Y, Z) in which each region keeps its largest connected component; the rest is 0.
 
-    Connected by faces, in 3-D, each region by itself; of two components of one size the first in scan order.
+    Connected by faces, in 3-D, each region by itself; of components of equal size, the first in scan order.
     """
     labels = np.asarray(labels)
     kept = np.zeros_like(labels)
@@ -138,10 +138,10 @@ def ejection_fraction(edv, esv):
 
 
 def bootstrap_interval(differences, confidence=0.95, resamples=10_000, seed=0):
-    """Percentile bootstrap interval (low, high) of the mean of `differences` (N,), one number a patient.
+    """Percentile bootstrap interval (low, high) of the mean of `differences` (N,), one per patient.
 
     Patients are drawn with replacement, never slices or phases: those of one patient are not independent
-    (Efron & Tibshirani, 1993). (NaN, NaN) for fewer than two patients, who have no spread.
+    (Efron & Tibshirani, 1993). (NaN, NaN) for fewer than two patients.
     """
     differences = np.asarray(differences, float)
     if len(differences) < 2:
@@ -157,9 +157,9 @@ def paired_comparison(first, second):
 
     Returns mean_difference (second minus first), low and high (its 95 % bootstrap interval), p (two-sided
     Wilcoxon signed-rank test; 1 if no patient differs) and n, the patients with a number in both;
-    the others are NaN where n is 0.
+    all but n are NaN if n is 0.
     """
-    from scipy.stats import wilcoxon  # every script would wait for it, some half a second
+    from scipy.stats import wilcoxon  # here, since its import takes half a second
 
     patients = sorted(first.keys() & second.keys())  # the bootstrap draws by position: a fixed order
     differences = np.array([second[patient] - first[patient] for patient in patients], float)
@@ -168,7 +168,7 @@ def paired_comparison(first, second):
     low, high = bootstrap_interval(differences)
     if n:
         mean = float(differences.mean())
-        p = float(wilcoxon(differences).pvalue) if differences.any() else 1.0  # scipy wants ranks
+        p = float(wilcoxon(differences).pvalue) if differences.any() else 1.0  # scipy needs a difference
     return {"mean_difference": mean, "low": low, "high": high, "p": p, "n": n}
 
 
@@ -176,8 +176,8 @@ def agreement(measured, reference):
     """Agreement of two measurements (N,) of the same quantity; pairs with a NaN are left out.
 
     Returns bias (mean of measured minus reference), loa_low and loa_high (Bland & Altman's limits of
-    agreement, Lancet 1986: bias -+ 1.96 SD of the differences, n - 1 degrees of freedom), r (Pearson), mae
-    (mean absolute error) and n; what so few or such constant numbers do not define is NaN.
+    agreement, Lancet 1986: bias +- 1.96 SD of the differences, n - 1 degrees of freedom), r (Pearson), mae
+    (mean absolute error) and n; what too few or constant numbers leave undefined is NaN.
     """
     measured, reference = np.asarray(measured, float), np.asarray(reference, float)
     if measured.shape != reference.shape:

@@ -12,18 +12,18 @@ from cardiac import CLASSES
 from cardiac.losses import diffusion, one_hot
 from cardiac.warp import integrate, remove_folds, resize_displacement, warp
 
-BACKGROUND_LOGIT = 3.0  # with which a segmentation begins: background has 87 % of the probability
+BACKGROUND_LOGIT = 3.0  # initial bias of the segmentation: background has 87 % of the probability
 
 
 class RegistrationNetwork(nn.Module):
-    """Two slices to the stationary velocity between them, at half resolution.
+    """Maps two slices to the stationary velocity between them, at half resolution.
 
-    Encoder, decoder and last convolutions of VoxelMorph (Balakrishnan et al., 2019): a 3x3 convolution and
-    LeakyReLU 0.2 a level, max-pool down, nearest up, concatenated skips. The decoder stops at half
-    resolution, where the last convolutions and the integration cost a quarter.
+    Encoder, decoder and last convolutions of VoxelMorph (Balakrishnan et al., 2019): per level a 3x3
+    convolution and LeakyReLU 0.2, max-pooling, nearest-neighbour upsampling, concatenated skips. The decoder
+    stops at half resolution, where the last convolutions and the integration cost a quarter.
 
-    guided: the moving slice's labels, known wherever labels are to be carried, are an input too: what is left
-    to find is where its outlines lie in the fixed slice. width: times VoxelMorph's channels.
+    guided: the moving slice's labels, known wherever labels are to be carried, are an input too, so that the
+    network only has to find their outlines in the fixed slice. width: multiple of VoxelMorph's channels.
     """
 
     def __init__(self, guided=False, width=1):
@@ -32,7 +32,7 @@ class RegistrationNetwork(nn.Module):
         fine, coarse = 16 * width, 32 * width  # channels
         levels = [1 + CLASSES if guided else 2, fine, coarse, coarse, coarse]
         self.encoder = nn.ModuleList(map(_convolution, levels, levels[1:]))
-        # a level's own channels and its skip's; the finest skip stays unused: half resolution
+        # channels of a level and of its skip; at half resolution the finest skip is unused
         both = 2 * coarse
         self.decoder = nn.ModuleList(_convolution(before, coarse) for before in (coarse, both, both, both))
         self.last = nn.Sequential(*map(_convolution, (coarse, coarse, fine), (coarse, fine, fine)))
@@ -41,12 +41,12 @@ class RegistrationNetwork(nn.Module):
         nn.init.zeros_(self.velocity.bias)
 
     def forward(self, moving, fixed, regions):
-        """moving, fixed: (B, 1, H, W); regions: (B, 3, H, W) LV, MYO and RV of `moving`, 0 where not known.
+        """moving, fixed: (B, 1, H, W); regions: (B, 3, H, W) LV, MYO and RV of `moving`, 0 if unknown.
 
         Returns the velocity (B, 2, H/2, W/2), float32, in half-resolution pixels.
         """
         x = torch.cat([moving, fixed, regions] if self.guided else [moving, fixed], dim=1)
-        # the finest level has no skip: pooled first, its activation costs a quarter and gives the same
+        # the finest level has no skip: pooling before the activation gives the same at a quarter of its cost
         convolution, activation = self.encoder[0]
         x, skips = activation(F.max_pool2d(convolution(x), 2)), []
         for level in self.encoder[1:]:
@@ -55,18 +55,18 @@ class RegistrationNetwork(nn.Module):
             x = F.max_pool2d(x, 2)
         for level, skip in zip(self.decoder[:-2], reversed(skips[1:])):
             x = torch.cat([F.interpolate(level(x), scale_factor=2, mode="nearest"), skip], dim=1)
-        # at half resolution, the most expensive, the same without making what is upsampled and concatenated
+        # the most expensive level: the same, without storing the upsampled and concatenated maps
         convolution, activation = self.decoder[-1]
         x = self.last(activation(_up_and_join(convolution, self.decoder[-2](x), skips[0])))
-        with torch.autocast(x.device.type, enabled=False):  # too coarse to integrate in bfloat16
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 is too coarse to integrate
             return F.conv2d(x.float(), self.velocity.weight.float(), self.velocity.bias.float(), padding=1)
 
 
 def _up_and_join(convolution, coarse, skip):
-    """The 3x3 `convolution` of two maps, `coarse` upsampled by 2 to the nearest and `skip`, concatenated.
+    """The 3x3 `convolution` of `coarse`, upsampled by 2 (nearest neighbour), concatenated with `skip`.
 
-    What nearest upsampling repeats, a transposed 4x4 convolution of stride 2 has as sums of weights: 4
-    products for 9. The same but for rounding.
+    Since upsampling repeats values, a transposed 4x4 convolution of stride 2 with sums of the weights gives
+    the same, except for rounding, with 4 products instead of 9.
     """
     own, rest = convolution.weight.split((coarse.shape[1], skip.shape[1]), dim=1)
     summed = F.avg_pool2d(own.flip(2, 3), 2, stride=1, padding=1, divisor_override=1)
@@ -82,17 +82,17 @@ class Turned(nn.Module):
         self.network = network
 
     def forward(self, *slices):
-        """moving, fixed, regions: as `RegistrationNetwork`, and so the velocity (B, 2, H/2, W/2)."""
+        """Arguments and velocity (B, 2, H/2, W/2) as for `RegistrationNetwork`."""
         turned = self.network(*(each.flip(2, 3) for each in slices)).flip(2, 3)
-        return (self.network(*slices) - turned) / 2  # what is turned points the other way
+        return (self.network(*slices) - turned) / 2  # turning reverses the vectors
 
 
 class SegmentationNetwork(nn.Module):
-    """The paper's 2-D U-Net (Ronneberger et al., 2015), after section 3.3.
+    """The paper's 2-D U-Net (Ronneberger et al., 2015), as in its section 3.3.
 
-    `channels` at the first level, doubled over four max-poolings; two 3x3 convolutions with batch norm and
-    ReLU a level; transposed convolutions up; 1x1 convolution to background, LV, MYO and RV. Not the paper's:
-    it begins with the background's prior.
+    `channels` at the first level, doubled at each of four max-poolings; two 3x3 convolutions with batch norm
+    and ReLU per level; transposed convolutions up; 1x1 convolution to background, LV, MYO and RV. Unlike the
+    paper's, it starts from the background's prior.
     """
 
     def __init__(self, channels=32):
@@ -122,8 +122,8 @@ class SegmentationNetwork(nn.Module):
 def begin_with_background(bias):
     """Set the bias (4,) of the last convolution to the background's prior (Lin et al., 2017, section 3.3).
 
-    Nine of ten pixels are background. A network that does not begin with that learns it first by silencing
-    its features elsewhere, and a narrow one may lose a region for good.
+    Nine of ten pixels are background. Without this start, a network first learns that by suppressing its
+    features, and a narrow one may lose a region for good.
     """
     nn.init.zeros_(bias)
     nn.init.constant_(bias[:1], BACKGROUND_LOGIT)
@@ -137,7 +137,7 @@ class Mirrored(nn.Module):
         self.network = network
 
     def forward(self, x):
-        """x: slices (B, 1, H, W). Returns logits (B, 4, H, W): the averaged probabilities' logarithm."""
+        """x: slices (B, 1, H, W). Returns logits (B, 4, H, W): the log of the averaged probabilities."""
         axes = ((), (2,), (3,), (2, 3))
         views = [self.network(x.flip(each)).float().softmax(1).flip(each) for each in axes]
         return torch.stack(views).mean(0).clamp(min=1e-12).log()
@@ -158,8 +158,8 @@ def _double_convolution(before, after):
 
 
 def mixed_precision(device, precision="auto"):
-    """Where networks run: in float32 or bfloat16, as `precision` says; "auto" is bfloat16 on cards that
-    compute in it (Ampere and later), else float32.
+    """The autocast context of networks: float32 or bfloat16, as `precision` says; "auto" is bfloat16 on GPUs
+    that support it natively (Ampere and later), else float32.
     """
     if precision == "auto":
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -168,7 +168,7 @@ def mixed_precision(device, precision="auto"):
 
 
 def _inference_batch(images):
-    """Slices at a time: many fill a GPU; on the CPU the activations of few stay in the cache."""
+    """Slices at a time: many, to fill a GPU, or few, whose activations stay in a CPU's cache."""
     return 64 if images.is_cuda else 4
 
 
@@ -176,7 +176,7 @@ def _inference_batch(images):
 def velocities(network, moving, fixed, labels):
     """The velocities (B, 2, h, w) of a registration network from `moving` to `fixed`, both (B, 1, H, W).
 
-    labels: (B, H, W) of `moving`, IGNORED where they are not known, for a network that is guided by them.
+    labels: (B, H, W) of `moving`, IGNORED where unknown, for a guided network.
     """
     batches = (each.split(_inference_batch(moving)) for each in (moving, fixed, one_hot(labels)))
     with mixed_precision(moving.device):
@@ -184,12 +184,12 @@ def velocities(network, moving, fixed, labels):
 
 
 def refine(velocity, moving, fixed, steps, smoothness=0.03, lr=0.1):
-    """Velocities (B, 2, h, w) after `steps` of Adam on the images of each pair alone, (B, 1, H, W): squared
-    difference + smoothness x diffusion, from what the network found.
+    """Refine each network velocity (B, 2, h, w) by `steps` of Adam on its own two images (B, 1, H, W):
+    squared difference + smoothness x diffusion. Returns velocities (B, 2, h, w).
 
-    Instance-specific optimisation (Balakrishnan et al., 2019). A network that learned from ED's and ES's
-    labels expects all of the motion between them, and moves the frames between too far. A step changes a
-    velocity by about `lr` pixels of its grid at most.
+    Instance-specific optimisation (Balakrishnan et al., 2019). A network trained on ED's and ES's labels
+    expects all of the motion between them, and carries labels too far into the frames in between. A step
+    changes a velocity by at most about `lr` pixels of its grid.
     """
     if not steps:
         return velocity
@@ -199,7 +199,7 @@ def refine(velocity, moving, fixed, steps, smoothness=0.03, lr=0.1):
         with torch.enable_grad():
             found = start.clone().requires_grad_()
             # the loss is summed over pixels, so that a pixel's gradient does not shrink with batch or size:
-            # eps is nothing where the images differ, and keeps Adam still where they agree
+            # eps is negligible where the images differ, and stops Adam from moving where they agree
             optimizer = torch.optim.Adam([found], lr=lr, eps=1e-3)
             for _ in range(steps):
                 displacement = resize_displacement(integrate(found), target.shape[-2:])
@@ -213,12 +213,12 @@ def refine(velocity, moving, fixed, steps, smoothness=0.03, lr=0.1):
 
 @torch.no_grad()
 def displacements(velocity, size):
-    """The displacements (B, 2, H, W), pixels, of velocities (B, 2, h, w), size = (H, W)."""
+    """Displacements (B, 2, H, W), pixels, of velocities (B, 2, h, w), without folds; size = (H, W)."""
     return torch.cat([remove_folds(part, size) for part in velocity.split(_inference_batch(velocity))])
 
 
 def register(network, moving, fixed, labels, steps=0):
-    """Displacements (B, 2, H, W), pixels, that carry `moving` onto `fixed`, see `velocities` and `refine`."""
+    """Displacements (B, 2, H, W), pixels, that warp `moving` onto `fixed`; see `velocities` and `refine`."""
     velocity = refine(velocities(network, moving, fixed, labels), moving, fixed, steps)
     return displacements(velocity, moving.shape[-2:])
 

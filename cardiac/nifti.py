@@ -1,4 +1,4 @@
-"""NIfTI files: read with care, since they come from outside, and written so that they overlay their image."""
+"""NIfTI files: read defensively, as they come from outside; written so that they overlay their image."""
 
 import gzip
 import io
@@ -13,24 +13,24 @@ import numpy as np
 from cardiac import LABELS
 from cardiac.files import fault, replacing, shown
 
-try:  # another zlib, in half the time: `pip install isal`
+try:  # a zlib twice as fast: `pip install isal`
     from isal import isal_zlib as inflate
 except ImportError:
     inflate = zlib
 
 LARGEST = 2 * 2**30  # bytes of one file after decoding; the largest scan of M&Ms takes 1.2 GiB as float64
-DEFLATE = 1100  # gzip cannot make anything more than 1032 times smaller
-PIECE = 2**18  # bytes of a packed file unpacked at a time: in the processor's cache, a quarter faster
-EXTENT_MM = (1, 2000)  # of a slice; outside, the spacing is damaged or in another unit
+DEFLATE = 1100  # gzip compresses at most by a factor of 1032
+PIECE = 2**18  # compressed bytes unpacked at a time: fits the CPU's cache, a quarter faster
+EXTENT_MM = (1, 2000)  # plausible for a slice; otherwise the spacing is damaged or in another unit
 UNREADABLE = (OSError, EOFError, ValueError, OverflowError, zlib.error, inflate.error,
               nib.spatialimages.HeaderDataError)
 
 
 def read_header(path, dimensions=(4,)):
-    """nibabel's header of a NIfTI file, of which no more than the first 540 bytes are read.
+    """nibabel's header of a NIfTI file, of which at most the first 540 bytes are read.
 
-    Raises InputError unless the voxels are real numbers, in one of these numbers of dimensions, and as many
-    as the file can hold: a header may claim terabytes, and nothing is allocated before this check.
+    Raises InputError unless the voxels are real numbers, have one of these numbers of dimensions, and fit
+    into the file: a header may claim terabytes, and nothing is allocated before this check.
     """
     try:
         with _open(path) as file:
@@ -41,7 +41,7 @@ def read_header(path, dimensions=(4,)):
         header = kind(start[: kind.sizeof_hdr], check=False)
         spacing = header["pixdim"][1:].copy()
         header.check_fix(logging.Logger("silent", logging.CRITICAL + 1), error_level=40)
-        header["pixdim"][1:] = spacing  # check_fix makes 1 of 0 and drops signs, which `spacing_of` is to see
+        header["pixdim"][1:] = spacing  # check_fix turns 0 to 1 and drops signs, which `spacing_of` must see
         shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), int(header["vox_offset"])
         if header["magic"].item() != header.single_magic or offset < header.single_vox_offset:
             raise ValueError("its voxels are not in the same file")
@@ -58,42 +58,42 @@ def read_header(path, dimensions=(4,)):
     if math.prod(shape) * max(dtype.itemsize, 4) + offset > LARGEST:
         raise fault(path, f"header claims {claimed / 2**30:,.1f} GiB; no more than 2 GiB are read")
     if claimed > on_disk * (DEFLATE if _is_gzip(path) else 1):
-        raise fault(path, f"truncated, or a wrong header: {claimed:,} bytes claimed, {on_disk:,} there")
+        raise fault(path, f"truncated, or wrong header: {claimed:,} bytes claimed, {on_disk:,} present")
     return header
 
 
-@np.errstate(all="ignore")  # what overflows or is NaN here and below is found and refused
+@np.errstate(all="ignore")  # overflow and NaN are found and refused here and below
 def spacing_of(header, path):
-    """Spacing in mm of X, Y and from slice to slice; InputError where spacing or affine make no sense."""
+    """Spacing in mm of X, Y and from slice to slice; InputError if spacing or affine are invalid."""
     spacing = np.asarray(header["pixdim"][1:4], float)
     if not (np.isfinite(spacing).all() and (spacing > 0).all()):
-        raise fault(path, f"spacing {times(spacing)} is not positive; mend pixdim in its header")
+        raise fault(path, f"spacing {times(spacing)} is not positive; fix pixdim in its header")
     spacing *= {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7, 1.0)  # metres, micrometres
     extent = spacing[:2] * header.get_data_shape()[:2]
     if extent.min() < EXTENT_MM[0] or extent.max() > EXTENT_MM[1]:
-        raise fault(path, f"spacing {times(spacing)} mm, slices of {times(extent)} mm; mend its header")
+        raise fault(path, f"spacing {times(spacing)} mm, slices of {times(extent)} mm; fix its header")
     axes = axes_of(header, path)
     # The axes need not be orthogonal (in M&Ms they are not always), but they must span a volume.
     lengths = np.linalg.norm(axes, axis=0)
     if not (np.isfinite(axes).all() and abs(np.linalg.det(axes)) > 1e-6 * lengths.prod()):
-        raise fault(path, "affine is singular or not finite; mend its header")
+        raise fault(path, "affine is singular or not finite; fix its header")
     return tuple(float(mm) for mm in spacing)
 
 
 @np.errstate(all="ignore")
 def axes_of(header, path):
-    """Steps of a voxel, mm, the columns of (3, 3), by a header's affine; InputError where it has none."""
+    """The voxel axes in mm, columns of (3, 3), in a header's affine; InputError if it has none."""
     try:
         return header.get_best_affine()[:3, :3]
     except UNREADABLE as error:
-        raise fault(path, f"affine not readable ({shown(error)}); mend its header") from error
+        raise fault(path, f"affine not readable ({shown(error)}); fix its header") from error
 
 
 @np.errstate(all="ignore")
 def read_image(path, dimensions=(4,)):
-    """The voxels of an image, as stored where these are 8 or 16 bits, else float32.
+    """The voxels of an image, as stored if they are integers of 8 or 16 bits, otherwise float32.
 
-    Raises InputError where they are not finite, or all the same.
+    Raises InputError if any is not finite, or if all are the same.
     """
     image = _read_voxels(path, read_header(path, dimensions))
     if image.dtype.kind == "f" or image.dtype.itemsize > 2:
@@ -107,7 +107,7 @@ def read_image(path, dimensions=(4,)):
 
 
 def _read_voxels(path, header):
-    """Voxels in the units of the image: as stored, or scaled to floats where the header has a scale."""
+    """Voxels in the units of the image: as stored, or scaled to floats if the header has a scale."""
     shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), int(header["vox_offset"])
     try:
         content = _read(path, offset + math.prod(shape) * dtype.itemsize)
@@ -119,7 +119,7 @@ def _read_voxels(path, header):
 
 
 def _read(path, size):
-    """The first `size` bytes of a file, unpacked where it is gzipped."""
+    """The first `size` bytes of a file, unpacked if it is gzipped."""
     if _is_gzip(path):
         unpacker = inflate.decompressobj(zlib.MAX_WBITS | 16)
         content, position = np.empty(size + 1, np.uint8), 0
@@ -128,11 +128,11 @@ def _read(path, size):
                 piece = unpacker.decompress(packed, size + 1 - position)
                 content.data[position : position + len(piece)] = piece
                 position += len(piece)
-        if unpacker.eof and position == size:  # to the end, where its checksum is compared
+        if unpacker.eof and position == size:  # read to the end, where its checksum is verified
             return content.data[:size]
-    with _open(path) as file:  # not packed, in several parts, or not what its header says
+    with _open(path) as file:  # not gzipped, in several members, or with a wrong header
         content = file.read(size)
-        file.read(1)  # the end, where a checksum is compared; of what follows the voxels no more is read
+        file.read(1)  # verifies a checksum at the end; what follows the voxels is not read
     if len(content) < size:
         raise EOFError(f"{len(content):,} of {size:,} bytes")
     return content

@@ -1,7 +1,7 @@
 """evaluation/report.html: one self-contained file to look at, made from the template beside this module.
 
-Whatever comes from outside (codes, centres, names of folders) is escaped here; the page's script makes text
-of it and never HTML, and the page's own policy forbids it to load anything.
+Whatever comes from outside (codes, centres, folder names) is escaped here; the page's script inserts it as
+text, never as HTML, and the page's content security policy forbids loading anything.
 """
 
 import base64
@@ -24,8 +24,8 @@ from cardiac.propagation import Propagated
 from cardiac.report import COLOURS, heart_box, labelled_cine, median_case, quality_lines, read_prediction
 
 PAIRED = (
-    "Difference of a patient's mean Dice; bootstrap over patients; p not corrected for so many rows. Where "
-    "the expert lacks a region, a network that finds none has no score there, one that finds some has 0."
+    "Difference in mean Dice per patient; bootstrap over patients; p not corrected for multiple tests. Where "
+    "the expert lacks a region, a network that finds none has no score, and one that finds some has 0."
 )
 OTHERS = "The labels in propagation/ are not those that the networks were trained on, and are not shown."
 
@@ -33,8 +33,8 @@ OTHERS = "The labels in propagation/ are not those that the networks were traine
 def write_report(folder, results, view, all_frames, out):
     """Write report.html of the evaluation in `folder`.
 
-    view: codes to show beside the best, median and worst. all_frames: whether every frame was predicted. out:
-    folder of the run, where it was trained on this dataset, or None.
+    view: codes to show besides the best, median and worst. all_frames: whether every frame was predicted.
+    out: folder of the run if it was trained on this dataset, otherwise None.
     """
     chosen = {}
     for model in results.models:
@@ -70,7 +70,7 @@ def write_report(folder, results, view, all_frames, out):
 
 
 def _table(lines, sortable=False):
-    """Rows of text, names first, as a table; a cell that is a pair is (text, which view to open)."""
+    """Rows of text, names first, as an HTML table; a cell may be (text, index of the view to open)."""
     head, *rows = lines
     if not rows:
         return ""
@@ -88,14 +88,14 @@ def _cell(cell):
 
 
 def _summary(results):
-    """The figures in large, and what was trained on what."""
+    """The main figures as cards, and what each network was trained on."""
     cards = {f"Dice, {row['model']}": number(row["total"]) for row in results.table}
     if results.comparison:
         _, n, gain, interval, p = _comparison(results)[1]
-        cards["gain in Dice of a patient"] = gain
+        cards["gain in Dice per patient"] = gain
         if interval:
             cards |= {"95 % interval of the gain": interval, f"Wilcoxon, {n} patients": p}
-    cards["regions in one mask alone"] = str(len(results.failures))
+    cards["regions in only one mask"] = str(len(results.failures))
     boxes = "".join(f"<div><b>{escape(value)}</b>{escape(name)}</div>" for name, value in cards.items())
     labels = {"original": results.labels, "propagated": f"{results.labels}, and propagated labels"}
     lines = [["network", "trained on", "dataset", "steps", "validation Dice", "slices"]]
@@ -131,7 +131,7 @@ def _agreement(results):
 
 
 def _cases(results, shown):
-    """The sortable table: a row a case, Dice, HD95 and ejection fraction of the models side by side."""
+    """The sortable table: per case, Dice, HD95 and ejection fraction of the models side by side."""
     models, names = results.models, ("Dice", *REGIONS, "HD95 mm", "EF %")
     columns = [f"{name} {model}" for name in names for model in models]
     lines = [["case", "vendor", "centre", "EF % expert", *columns]]
@@ -148,12 +148,12 @@ def _cases(results, shown):
         start = [code, case.vendor, case.centre, number(fractions[models[0]][1][k], ".1f")]
         lines.append(start + [cell for pair in zip(*found) for cell in pair])
     missed = [" ".join(row[name] for name in FAILURE) for row in results.failures]
-    text = f"<p class=soft>Failures (region in one mask alone): {escape(', '.join(missed))}.</p>"
+    text = f"<p class=soft>Failures (region in only one mask): {escape(', '.join(missed))}.</p>"
     return _table(lines, sortable=True) + (text if missed else "")
 
 
 def training_files(out):
-    """{what it shows: path} of what is shown of the training of the run in `out`: those that there are."""
+    """{description: path} of the existing files that show the training of the run in `out`."""
     files = {"quality of the registration": out / "registration" / "quality.csv",
              "registration of middle slices": out / "registration" / "example.png"}
     runs = ("registration", *(f"segmentation/{model}" for model in MODELS))
@@ -173,7 +173,7 @@ def _training(out):
 
 
 def _picture(path, text, kind="chart"):
-    """A PNG file; a "chart" is inverted where the page is dark."""
+    """A PNG file as an HTML image; a "chart" is inverted on a dark page."""
     data = base64.b64encode(path.read_bytes()).decode()
     image = f'<img class="{kind}" src="data:image/png;base64,{data}" alt="{text}">'
     return f'<div class="scroll" tabindex="0">{image}</div>'
@@ -220,7 +220,7 @@ def _propagation(results, folder):
         return ""
     cases = {case.code: case for case in cache.split("Training") if case.labelled}
     known = cases.keys() >= {code for code, _, _ in propagated.where}
-    trained_on = results.trained.get("propagated", {}).get("labels")  # None: such a network is not scored
+    trained_on = results.trained.get("propagated", {}).get("labels")  # None: no such network is scored
     others = trained_on and trained_on != propagated.digest()
     if others or not known or propagated.labels.shape[-1] != cache.size:
         return f"<p>{OTHERS}</p>"
@@ -239,9 +239,9 @@ def _propagation(results, folder):
     view = _view((cache.spacing,) * 2, images, {"labels": labels}, names, notes)
     view |= {"title": f"{case.code} (vendor {case.vendor})", "start": 0}
     view["curve"] = [mean(confidence[frame]) if frame in confidence else None for frame in images]
-    order = list(images)  # ES is not in it where its label is withheld and none was carried there
+    order = list(images)  # without ES if its label is withheld and none was carried there
     view["phases"] = {name: order.index(frame) for name, frame in case.phases.items() if frame in images}
-    what = "the Dice with the truth that the trust of its pixels lets expect"
+    what = "the Dice with the truth expected from the trust of its pixels"
     if propagated.trust is None:
         what = "the Dice of the label with itself after the round trip"
     slices, patients = len(propagated.where), len({code for code, _, _ in propagated.where})
@@ -267,7 +267,7 @@ def _view(spacing, images, sources, names, notes):
 
 
 def _strip(image):
-    """The slices of an image (X, Y, Z) in [0, 1], one below the other, as a data URI: a JPEG a frame."""
+    """The slices of an image (X, Y, Z) in [0, 1], stacked vertically in one JPEG, as a data URI."""
     buffer = io.BytesIO()
     Image.fromarray(np.uint8(np.round(255 * np.concatenate(image.T)))).save(buffer, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

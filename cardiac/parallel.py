@@ -1,10 +1,10 @@
-"""Data parallel: the processes that `torchrun --nproc_per_node=N` starts share the batch of every step.
+"""Data parallelism: the processes started by `torchrun --nproc_per_node=N` share the batch of every step.
 
-Each process takes its part of the same batch that one process would draw, gradients and losses are averaged,
-and the first process alone validates, prints and writes. The registration's losses are those of one process
-but for rounding. The segmentation's are not quite: batch norm, soft Dice and the cross-entropy, which is
-weighted by trust, see a process's own part of the batch. Without torchrun there is one process, and nothing
-here does anything.
+Each process takes its part of the batch that a single process would draw, gradients and losses are averaged,
+and only the first process validates, prints and writes. The registration's losses equal those of a single
+process except for rounding. The segmentation's differ slightly: batch norm, soft Dice and the cross-entropy,
+which is weighted by trust, see only a process's own part of the batch. Without torchrun there is one process,
+and nothing here does anything.
 """
 
 import contextlib
@@ -17,23 +17,23 @@ import torch.distributed as dist
 
 from cardiac.files import InputError
 
-LAUNCHED = dist.is_torchelastic_launched()  # by torchrun, which tells a process its number
+LAUNCHED = dist.is_torchelastic_launched()  # by torchrun, which tells each process its rank
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
-LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0  # on this host: the card to use
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0  # on this host: the GPU to use
 ON_THIS_HOST = int(os.environ["LOCAL_WORLD_SIZE"]) if LAUNCHED else 1
 PATIENCE = datetime.timedelta(hours=12)  # the first process may build a cache while the others wait
 
 
 @contextlib.contextmanager
 def process_group():
-    """Join the processes of torchrun, where it started this one; all but the first are mute in the block.
+    """Join torchrun's process group, if it started this process; all but the first are mute in the block.
 
-    They are not parted afterwards: `leave` ends the process.
+    The group is not destroyed afterwards: `leave` ends the process.
     """
     if not LAUNCHED or dist.is_initialized():
         yield
         return
-    # both by name: where there is a card, PyTorch would take NCCL alone, which cannot send what is on the CPU
+    # both by name: with a GPU, PyTorch would use only NCCL, which cannot send tensors on the CPU
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     with contextlib.ExitStack() as stack:
         if RANK:
@@ -45,10 +45,10 @@ def process_group():
 
 def leave(code):
     """End this process of torchrun, whose work is done, without waiting for the others, as NCCL would, and
-    without Python's way out.
+    without Python's shutdown.
 
-    On that way torch 2.14 now and then aborts ("terminate called without an active exception", seen on the
-    CPU), and torchrun then ends the others, the first among them, which may still be scoring.
+    During that, torch 2.14 sometimes aborts ("terminate called without an active exception", seen on the
+    CPU), and torchrun then kills the others, including the first, which may still be scoring.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -61,7 +61,7 @@ def processes():
 
 
 def share(whole, dim=0):
-    """This process's part of a tensor that has the samples of the whole batch along `dim`."""
+    """This process's part of a tensor with the samples of the whole batch along `dim`."""
     return whole.chunk(processes(), dim)[RANK] if processes() > 1 else whole
 
 
@@ -74,7 +74,7 @@ def mean(value):
 
 
 def average(network, losses):
-    """Average the gradients of `network` over the processes, in one message; returns the averaged losses."""
+    """Average `network`'s gradients over the processes in one all-reduce; returns the averaged losses."""
     if processes() == 1:
         return losses
     gradients = [weight.grad for weight in network.parameters()]
@@ -87,7 +87,7 @@ def average(network, losses):
 
 
 def from_first(function, *arguments):
-    """What `function(*arguments)` gives in the first process, which alone calls it; its InputError, too."""
+    """The result, or InputError, of `function(*arguments)`, which only the first process calls."""
     if processes() == 1:
         return function(*arguments)
     result = error = None
@@ -105,6 +105,6 @@ def from_first(function, *arguments):
 
 @contextlib.contextmanager
 def in_first(manager):
-    """Enter a context manager in the first process alone; what it gives, every process gets."""
+    """Enter a context manager in the first process only; every process gets what it yields."""
     with contextlib.ExitStack() as stack:
         yield from_first(stack.enter_context, manager)

@@ -1,4 +1,4 @@
-"""Results of finished cases, kept until the run is finished: interrupted, it goes on with the next case."""
+"""Results of finished cases, kept until the run is finished; if interrupted, it resumes at the next case."""
 
 import json
 import math
@@ -9,24 +9,24 @@ import numpy as np
 
 from cardiac.files import InputError, digest, replacing, sync_folder
 
-PARTS = ".parts"  # in the folder of a run, which removes it when it ends well
+PARTS = ".parts"  # subfolder of a run's folder, removed when the run is finished
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A file for every finished case below `folder`; nothing is kept without one.
+    """A file for every finished case below `folder`; nothing is kept if that is None.
 
-    made_from: what the results depend on beside the cases themselves, such as settings and weights, as JSON.
-    It is in the names of the files, so that what was made from anything else is never taken.
+    made_from: what the results depend on besides the cases themselves, such as settings and weights, as JSON.
+    Its digest is in the file names, so that results made from anything else are never used.
     """
 
     folder: Path | None = None
     made_from: tuple = ()
 
     def results(self, run, function, cases, arguments):
-        """Yield `function(*arguments(case))`, a dict of JSON values and arrays, of each case in order.
+        """Yield `function(*arguments(case))`, a dict of JSON values and arrays, for each case in order.
 
-        run: see `worker_pool`; a worker writes its part itself. Called for the cases without a part alone.
+        run: see `worker_pool`; a worker writes its part itself. Only cases without a part are computed.
         """
         if self.folder is None:
             yield from run(function, map(arguments, cases))
@@ -38,7 +38,7 @@ class Parts:
         sync_folder(self.folder)
         missing = {path: case for path, case in zip(paths, cases) if not path.exists()}
         if len(missing) < len(cases):
-            print(f"going on: {len(cases) - len(missing)} of {len(cases)} cases are finished", flush=True)
+            print(f"resuming: {len(cases) - len(missing)} of {len(cases)} cases are finished", flush=True)
         made = run(_keep, ((path, function, *arguments(case)) for path, case in missing.items()))
         for path in paths:
             if path in missing:
@@ -73,7 +73,7 @@ def write_part(path, result):
 
 
 def read_part(path):
-    """Read what `write_part` wrote, maybe a stranger; never more bytes than there are. Raises InputError."""
+    """Read a file from `write_part`, maybe untrusted: never more bytes than there are. Raises InputError."""
     try:
         with open(path, "rb") as file:
             (result, kinds), data = json.loads(file.readline()), file.read()

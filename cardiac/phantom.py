@@ -4,7 +4,7 @@ The heart and its chest are those of `heart.py`; here they are scanned and store
 written, for all frames: DIR/truth/CODE_sa_gt_all.nii.gz, labels (X, Y, Z, T), uint8, and
 CODE_displacement.nii.gz (X, Y, Z, T, 2), float32, in mm along the first and second array axis. The tissue at
 x in frame t was at x + u(x, t) at ED: sampling ED's image or label there (moving = ED, fixed = t) gives
-frame t's. u is 0 at ED and a multiple of 1/256 mm, so that gzip finds something to do.
+frame t's. u is 0 at ED and a multiple of 1/256 mm, so that it compresses well.
 """
 
 import shutil
@@ -20,7 +20,7 @@ from cardiac.files import InputError, Parser, write_csv, write_json
 from cardiac.heart import DISEASES, TIP, Chest, Heart, Section, time_course
 
 CSV_NAME = "211230_M&Ms_Dataset_information_diagnosis_opendataset.csv"
-MARKER = "phantom.json"  # a folder with this file in it is ours and may be written again
+MARKER = "phantom.json"  # a folder with this file in it is a phantom and may be overwritten
 SPLITS = {"training": ("Training/Labeled", "AB"), "validation": ("Validation", "ABCD"),
           "testing": ("Testing", "ABCD"), "unlabelled": ("Training/Unlabeled", "C")}
 OPTIONS = {  # default, least, meaning
@@ -31,14 +31,14 @@ OPTIONS = {  # default, least, meaning
     "frames": (12, 4, "frames in a heartbeat"),
     "slices": (None, 1, "slices of every case (None: 6 to 9)"),
     "size": (128, 32, "in-plane matrix, varied around this"),
-    "seed": (0, 0, "another seed, other cases"),
+    "seed": (0, 0, "random seed"),
 }
 MARGIN = 20.0  # mm painted beyond the image, for tissue that moves into view
 
 
 @dataclass(frozen=True)
 class Vendor:
-    """How a scanner shows tissue; signals relative to the blood of A, at 1.5 T with balanced SSFP."""
+    """How a scanner shows tissue; signals are relative to A's blood, at 1.5 T with balanced SSFP."""
 
     name: str
     centres: tuple
@@ -51,10 +51,10 @@ class Vendor:
     psf: float  # mm, standard deviation of the in-plane point spread
     noise: float  # standard deviation in each of the two channels whose magnitude is taken (Rician)
     bias: float  # log-amplitude of the shading by receive coils across the image
-    scale: float  # grey values of signal 1: every vendor stores magnitude in units of its own
+    scale: float  # grey value of signal 1: every vendor stores magnitudes in units of its own
 
 
-# A and B: nearly one protocol. C: a low flip angle's flat contrast, bright fat, fine pixels interpolated from
+# A and B: nearly equal protocols. C: flat contrast of a low flip angle, bright fat, pixels interpolated from
 # a coarse acquisition, twice the noise. D: dark liver and fat, steep curve, coarse, strong shading, low SNR.
 VENDORS = {
     "A": Vendor("Siemens", (1,), 1.00, 1.00, 0.34, 0.95, 0.42, 1.00, 0.7, 0.020, 0.15, 280),
@@ -82,7 +82,7 @@ def draw_geometry(rng, vendor, size, slices):
 
 
 def draw_shading(rng, shape, front, vendor):
-    """Sensitivity of the receive coils (X, Y), strongest before the chest, where most of them lie."""
+    """Sensitivity of the receive coils (X, Y), strongest in front of the chest, where most of them lie."""
     x = 2 * np.indices(shape, np.float32) / np.float32(shape).reshape(2, 1, 1) - 1
     tilt, bend = front + np.float32(rng.normal(0, 0.3, 2)), np.float32(rng.normal(0, 0.3, 2))
     return np.exp(vendor.bias * (np.tensordot(tilt, x, 1) + np.tensordot(bend, x**2, 1)))
@@ -91,7 +91,7 @@ def draw_shading(rng, shape, front, vendor):
 def beat(rng, section, chest, slab, share, shape, pixel, vendor):
     """One slice in all frames: tissue signal (X, Y, T), label (X, Y, T), displacement (X, Y, T, 2) in mm.
 
-    `slab` is the slice's thickness as a share of the LV's length, `share` (T) of the contraction reached.
+    `slab` is the slice's thickness as a share of the LV's length, `share` (T,) of the contraction reached.
     """
     fine = pixel / 2  # paint on a grid twice as fine, so that pulling back costs no sharpness
     wide = [2 * n + round(2 * MARGIN / fine) for n in shape]
@@ -132,12 +132,12 @@ def make_case(rng, vendor, frames=12, slices=None, size=128):
     ed = int(rng.choice([0, frames - 1]))  # the R wave starts the recording or ends it
     es = (ed + max(2, round(frames * rng.uniform(0.35, 0.45)))) % frames
     share = time_course(frames, ed, es)
-    # Stacks end up to a slice beyond apex and base, short ones less. The heart is as long as its stack, then:
-    # shorter than in life (80 to 95 mm) where slices are few.
+    # Stacks extend up to about a slice beyond apex and base, short ones less. So the heart is as long as its
+    # stack: shorter than in life (80 to 95 mm) if there are few slices.
     beyond = rng.uniform(0.2, 1.1, 2) * min(1, (slices - 1) / 5)
     slab = 1 / (slices - beyond.sum().item())
     heights = ((np.arange(slices) + 0.5 - beyond[0]) * slab).tolist()
-    # The middle of both ventricles lies near the image's; the long axis leans against the stack, and every
+    # The ventricles lie near the centre of the image; the long axis is tilted against the stack, and every
     # slice has a breath-hold of its own.
     middle = zooms[:2] * shape / 2 + rng.uniform(-12, 12, 2)
     middle -= 0.45 * heart.rv_depth * np.array([np.cos(heart.angle), np.sin(heart.angle)])
@@ -168,20 +168,20 @@ def true_labels(root, code):
 
 
 def is_whole(root):
-    """Whether there is a phantom at `root`, written to its end."""
+    """Whether there is a complete phantom at `root`."""
     return (root / CSV_NAME).exists()
 
 
 def write_phantom(root, **options):
     """Write a dataset in the layout of M&Ms to the folder `root`; `options` are numbers, see OPTIONS.
 
-    Case k of a split depends on k, seed, frames, slices and size, and not on how many others there are. A
-    phantom that is there is replaced. InputError: a number is too small, or `root` holds something else.
+    Case k of a split depends on k, seed, frames, slices and size, not on the number of cases. An existing
+    phantom is replaced. Raises InputError if a number is too small, or `root` holds something else.
     """
     settings = {name: default for name, (default, _, _) in OPTIONS.items()} | options
     for name, value in settings.items():
         if value is not None and value < OPTIONS[name][1]:
-            raise InputError(f"--{name} {value}: has to be {OPTIONS[name][1]} or more")
+            raise InputError(f"--{name} {value}: must be {OPTIONS[name][1]} or more")
     root = _claim(root)
     write_json(root / MARKER, settings)
     rows = []
@@ -194,7 +194,7 @@ def write_phantom(root, **options):
             code = _code(1_000_000 * order + k)
             _write_case(root / folder / code, root / "truth", case, labelled)
             sex, stature = ("F", rng.normal(164, 6)) if rng.random() < 0.5 else ("M", rng.normal(177, 7))
-            rows.append({  # as in M&Ms: the index has no name, and 0 stands for frames without labels
+            rows.append({  # as in M&Ms: the index has no name, and without labels ED and ES are 0
                 "": len(rows), "External code": code, "VendorName": VENDORS[letter].name, "Vendor": letter,
                 "Centre": int(rng.choice(VENDORS[letter].centres)), "ED": labelled * case["ed"],
                 "ES": labelled * case["es"], "Age": int(rng.integers(20, 85)), "Pathology": case["pathology"],
@@ -203,11 +203,11 @@ def write_phantom(root, **options):
             })
     columns = ("", "External code", "VendorName", "Vendor", "Centre", "ED", "ES", "Age", "Pathology", "Sex",
                "Height", "Weight")
-    write_csv(root / CSV_NAME, columns, rows)  # comes last: with it the phantom is whole
+    write_csv(root / CSV_NAME, columns, rows)  # last: it marks the phantom as complete
 
 
 def _claim(root):
-    """Make the folder, or empty an older phantom; InputError where anything else is in the way."""
+    """Make the folder, or empty an older phantom; InputError if anything else is in the way."""
     root = Path(root)
     if root.exists() and not root.is_dir():
         raise InputError(f"{root}: is a file; name a folder for the phantom")
@@ -243,13 +243,13 @@ def _code(number):
 
 
 def main(argv=None):
-    """The command line. Returns the exit status: 2 where what was typed is wrong."""
+    """The command line. Returns the exit status: 2 if an argument is wrong."""
     what = __doc__.partition(":")[0] + "."
     parser = Parser(prog="python -m cardiac.phantom", description=what)
     parser.add_argument("root", metavar="DIR", help="folder to write")
     for name, (default, least, meaning) in OPTIONS.items():
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N",
-                            help=f"{meaning} (default {default}, least {least})")
+                            help=f"{meaning} (default {default}, minimum {least})")
     try:
         write_phantom(**vars(parser.parse_args(argv)))
     except InputError as error:

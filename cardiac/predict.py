@@ -19,16 +19,16 @@ from cardiac.run import EMPTIED, describe, run_lock
 
 VOLUMES = ("frame", "time_ms", *(f"{region}_ml" for region in REGIONS))
 SUFFIXES = (".nii.gz", ".nii")
-NOT_IMAGES = ("_gt", "_pred")  # labels beside the images: the expert's, and our own
+NOT_IMAGES = ("_gt", "_pred")  # endings of label files beside the images: the expert's and ours
 
 
 def find_scans(paths):
-    """{name: file} of NIfTI files and of those in folders, however deep; names are fit for a folder each.
+    """{name: file} of NIfTI files, given or found recursively in folders; names are unique, fit for folders.
 
-    Files of labels (*_gt, *_pred) are left out of folders. Raises InputError for a folder without NIfTI
-    files, and for a file that is not there.
+    Label files (*_gt, *_pred) in folders are left out. Raises InputError for a folder without NIfTI files,
+    and for a missing file.
     """
-    files = {}  # by what they lead to: a link goes by its own name, whatever that is called
+    files = {}  # by what they resolve to: a link keeps its own name, not its target's
     for path in paths:
         if not path.exists():
             raise InputError(f"{shown(path)}: no such file or folder")
@@ -57,12 +57,12 @@ def _stem(file):
 
 
 def predict_scans(scans, model, network, progress, settings, device):
-    """Segment every frame of `scans` {name: file}; all results lie below OUT/predictions.
+    """Segment every frame of `scans` {name: file}; all results are written below OUT/predictions.
 
-    A folder NAME each with the mask, volumes.csv, volumes.png and summary.json, which is written last and
-    marks the scan as finished; summary.csv beside them has a row for each that is, without its path. A scan
-    that cannot be read is an InputError; with --skip-bad it is named, what there was of it stays, and the
-    error comes where no other is left.
+    Each scan has a folder NAME with the mask, volumes.csv, volumes.png and summary.json, which is written
+    last and marks the scan as finished; summary.csv beside them has a row per finished scan, without its
+    path. An unreadable scan is an InputError; with --skip-bad it is reported, its earlier results stay, and
+    it is an error only if no scan can be read.
     """
     folder = settings.out / "predictions"
     with run_lock(settings, "predictions"):
@@ -95,7 +95,7 @@ def predict_scans(scans, model, network, progress, settings, device):
 
 
 def _unfinished(scans, folder, made_by, overwrite, skip):
-    """The scans that are to be segmented, [(name, file, made_from)]; a header's fault goes to `skip`."""
+    """The scans still to be segmented, [(name, file, made_from)]; a header's InputError goes to `skip`."""
     work = []
     for name, file in scans.items():
         try:
@@ -109,23 +109,23 @@ def _unfinished(scans, folder, made_by, overwrite, skip):
         known = summary.exists() and not overwrite
         done = read_json(summary).get("made_from") if known else None
         if done == made_from:
-            print(f"{summary.parent}: finished; --overwrite starts anew")
+            print(f"{summary.parent}: finished; use --overwrite to redo it")
         elif done and done.get("file") != made_from["file"]:
             raise InputError(f"{summary.parent}: made from {done.get('file')}; --overwrite replaces it")
         else:
             work.append((name, file, made_from))
     if overwrite:
-        for name, _, made_from in work:  # all, before the first is made anew
+        for name, _, made_from in work:  # all, before the first is redone
             _make_stale(folder / name / "summary.json", made_from["file"])
         EMPTIED.add(folder)
     return work
 
 
 def _make_stale(summary, file):
-    """Let a finished scan, now of `file`, be made anew without --overwrite too, its results kept."""
+    """Mark a finished scan as outdated, its results kept: `file` is redone even without --overwrite."""
     try:
         found = read_json(summary) if summary.exists() else {}
-    except InputError:  # a damaged one tells nothing
+    except InputError:  # a damaged one is of no use
         summary.unlink()
         return
     if "made_from" in found:
@@ -133,7 +133,7 @@ def _make_stale(summary, file):
 
 
 def _write_table(folder):
-    """summary.csv from all scans' summary.json: what was found, and by what, which may differ by scan."""
+    """Write summary.csv from all scans' summary.json: results and the model, which may differ by scan."""
     rows = [read_json(path) for path in sorted(folder.glob("*/summary.json"))]
     rows = [row for row in rows if "made_from" in row]
     how = ("model", "steps", "largest_component")
@@ -143,15 +143,15 @@ def _write_table(folder):
 
 
 def predict_scan(folder, file, network, settings, device):
-    """Segment one scan and write its mask, volumes.csv and volumes.png to `folder`; summary.json goes before.
+    """Segment one scan; remove summary.json, then write mask, volumes.csv and volumes.png to `folder`.
 
-    Returns ED and ES (frames of the largest and the smallest LV that was found, zero-based) and
-    `heart_function`; None for what needs a region that was not found, or two frames with LV. Slices are made
-    exactly as for the cache.
+    Returns a dict: ED and ES (zero-based frames of the largest and the smallest LV found) and the quantities
+    of `heart_function`, None if they need a region that was not found, or two frames with LV; counts of
+    frames. Slices are made exactly as for the cache.
     """
     header, image = read_header(file, (3, 4)), read_image(file, (3, 4))
     if image.dtype.kind in "iu" and image.min() >= 0 and image.max() <= len(LABELS):
-        raise fault(file, f"no voxel is larger than {len(LABELS)}: labels, not an image; give the image")
+        raise fault(file, f"no voxel is larger than {len(LABELS)}: labels, not an image; pass the image")
     spacing, dimensions = spacing_of(header, file), image.ndim
     image = image.reshape(*image.shape[:3], -1)
     slices, grid = to_slices(image, spacing, settings.size, settings.spacing, settings.crop)
@@ -163,9 +163,9 @@ def predict_scan(folder, file, network, settings, device):
     each = np.moveaxis(labels, -1, 0)
     volumes = [{region: volume_ml(one == k, spacing) for region, k in LABELS.items()} for one in each]
     cavity = np.array([volume["LV"] for volume in volumes])
-    ed, es = int(cavity.argmax()), int(np.where(cavity > 0, cavity, np.inf).argmin())  # 0: LV was not found
-    phases = {"ED": ed if cavity[ed] else None, "ES": es if es != ed else None}  # None: LV not in two frames
-    known = {}  # NaN: not found then, or not at ED; so is what needs it
+    ed, es = int(cavity.argmax()), int(np.where(cavity > 0, cavity, np.inf).argmin())  # volume 0: no LV found
+    phases = {"ED": ed if cavity[ed] else None, "ES": es if es != ed else None}  # None: no LV in two frames
+    known = {}  # NaN if not found in that phase or at ED, as is all that needs it
     for phase, t in phases.items():
         for region in REGIONS:
             there = t is not None and volumes[ed][region] and volumes[t][region]
@@ -183,7 +183,7 @@ def predict_scan(folder, file, network, settings, device):
 
 
 def _times(header, frames):
-    """Time of each frame in ms, from the header's time step; None where it has none or not its unit."""
+    """Time of each frame in ms, from the header's time step; None if it, or its unit, is missing."""
     unit = {8: 1000, 16: 1, 24: 0.001}.get(int(header["xyzt_units"]) & 56)  # s, ms, microseconds
     step = float(header["pixdim"][4])
     known = unit and frames > 1 and 0 < step < float("inf")
@@ -191,7 +191,7 @@ def _times(header, frames):
 
 
 def _line(name, found):
-    """What was found, on one line."""
+    """The results of a scan on one line."""
     missing = f"; no LV in {found['frames_without_LV']} of {found['frames']} frames"
     if found["ED"] is None:
         return name + missing

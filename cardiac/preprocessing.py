@@ -1,4 +1,4 @@
-"""From a case's own grid and intensities to the slices that the networks see, and the grid's way back.
+"""From a case's own grid and intensities to the slices that the networks see, and back to that grid.
 
 Slices keep the axes of the NIfTI array, X along H and Y along W.
 """
@@ -17,10 +17,10 @@ from cardiac import CLASSES
 
 @dataclass(frozen=True)
 class Grid:
-    """The in-plane way from a case's own grid to the cache's slices and back.
+    """The in-plane mapping from a case's own grid to the cache's slices and back.
 
     shape: (X, Y) pixels; spacing: their (x, y) spacing, mm; size, target: pixels and mm of the square slice.
-    centre: the (x, y) pixel on which the slice's centre lies; None: the centre of the image.
+    centre: the (x, y) pixel at the slice's centre; None: the centre of the image.
     """
 
     shape: tuple
@@ -31,7 +31,7 @@ class Grid:
 
     @property
     def shift(self):
-        """From the centre of the image to that of the slices, pixels of the case's own grid: (x, y)."""
+        """Offset (x, y) of the slices' centre from the image's, in pixels of the case's own grid."""
         return [c - (n - 1) / 2 for c, n in zip(self.centre, self.shape)] if self.centre else [0.0, 0.0]
 
     def to_slices(self, planes):
@@ -46,7 +46,7 @@ class Grid:
         return self._apply(slices, (self.size,) * 2, self.shape, steps, shift, outside)
 
     def labels_to_slices(self, labels):
-        """Resample labels (..., X, Y) uint8: one-hot linearly, then arg max (nearest would fray the edge)."""
+        """Resample labels (..., X, Y) uint8: one-hot linearly, then arg max (nearest: ragged edges)."""
         return most_likely(self.to_slices(one_hot(labels)))
 
     def inside(self):
@@ -73,7 +73,7 @@ def resampling_matrix(source, target, step, shift=0.0, outside="zero"):
     """Linear interpolation along one axis as a sparse matrix (target, source), float32.
 
     Target sample i lies at c = (source - 1) / 2 + shift + (i - (target - 1) / 2) * step. The kernel is a
-    triangle as wide as the coarser of both grids, against aliasing. outside: "zero" or "edge".
+    triangle scaled to the coarser of the two grids, against aliasing. outside: "zero" or "edge".
     """
     width = max(1.0, step)
     centres = (source - 1) / 2 + shift + (np.arange(target) - (target - 1) / 2) * step
@@ -90,19 +90,19 @@ def resampling_matrix(source, target, step, shift=0.0, outside="zero"):
 
 
 def one_hot(labels):
-    """Labels (..., X, Y) to the regions LV, MYO, RV: (3, ..., X, Y) float32."""
+    """One-hot LV, MYO, RV (3, ..., X, Y) float32 of labels (..., X, Y)."""
     return np.array([labels == region for region in range(1, CLASSES)], np.float32)
 
 
 def most_likely(regions):
-    """Shares of LV, MYO, RV (3, ...), the rest background, to labels (...) uint8."""
+    """Most likely labels (...) uint8 by the shares (3, ...) of LV, MYO, RV; the rest is background."""
     share = regions.max(0)
     lv, myo = (region < share for region in regions[:2])  # comparisons: a third of the time of `argmax`
     return (1 + lv.astype(np.uint8) + (lv & myo)) * (share > 1 - regions.sum(0))
 
 
 def to_slices(image, spacing, size, target, crop):
-    """A cine (X, Y, Z, T) to slices (T * Z, S, S) float16 with intensities in [0, 1], and their `Grid`.
+    """Slices (T * Z, S, S) float16, intensities in [0, 1], of a cine (X, Y, Z, T), and their `Grid`.
 
     spacing: of the cine, mm; size, target: pixels and mm of the slices; crop: "centre" of the image, or
     "motion", see `motion_centre`.
@@ -128,22 +128,22 @@ def intensity_window(image):
     """
     sample = image.ravel(order="K")
     step = max(1, sample.size // 1_000_000)
-    while math.gcd(step, image.shape[0]) > 1:  # else it would see the same few columns in every row
+    while math.gcd(step, image.shape[0]) > 1:  # or it would sample the same few X in every row
         step += 1
     sample = sample[::step].astype(np.float32)
     sample.sort()  # of float32: half the time of `percentile` or less
     low, high = (float(sample[round(share * (len(sample) - 1))]) for share in (0.01, 0.99))
-    if not high > low:  # a constant but for single voxels
+    if not high > low:  # constant except for single voxels
         low, high = float(image.min()), float(image.max())
     return low, high
 
 
 def motion_centre(image, spacing, blur=20.0, radius=64.0):
-    """The (x, y) pixel of a cine (X, Y, Z, T) about which it moves: where the heart is, without a label.
+    """The (x, y) pixel at the centre of motion of a cine (X, Y, Z, T): finds the heart without a label.
 
-    The intensities' standard deviation over time, mean over slices, is largest at the heart. From the maximum
-    of its blur (mm) on, five times the centroid of the tenth of all pixels that moves most, within `radius`
-    (mm): mean shift. A whole number of pixels from the image's centre, which is returned where nothing moves.
+    The intensities' standard deviation over time, averaged over slices, is largest at the heart. Mean shift:
+    from the maximum of its blur (mm), five steps to the centroid, within `radius` (mm), of the tenth of all
+    pixels that moves most. In whole pixels from the image's centre, which is returned if nothing moves.
     """
     low, high = intensity_window(image)
     slices = (image[:, :, z].astype(np.float32) for z in range(image.shape[2]))

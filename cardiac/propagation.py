@@ -23,8 +23,8 @@ from cardiac.slices import SliceStore
 from cardiac.warp import compose, jacobian_determinant, warp
 from cardiac.workers import worker_pool
 
-# Folding counts within this distance of the labels, not over the whole image: along either axis in `carry`,
-# in all directions in `_score_own_grid`.
+# Folding is measured within this distance of the labels, not over the whole image: along either axis in
+# `carry`, as Euclidean distance in `_score_own_grid`.
 NEAR_HEART_MM = 10
 
 
@@ -36,7 +36,7 @@ def load_registration(out, device):
     width = settings.get("width", 1)
     if width not in range(1, WIDEST + 1):
         config = folder / "config.json"
-        what = f"width {width} makes no sense; {made_by(config)} --overwrite trains anew"
+        what = f"invalid width {width}; {made_by(config)} --overwrite retrains it"
         raise InputError(f"{config}: {what}")
     network = RegistrationNetwork(settings.get("guided", False), int(width))
     progress = load_network(network, folder / "best.pt", device)
@@ -44,14 +44,14 @@ def load_registration(out, device):
 
 
 def frames_between(start, end, frames):
-    """The frames met going forward in time from `start` to `end`, both left out; time is a circle."""
+    """The frames between `start` and `end`, exclusive, going forward in time, which wraps around."""
     return [(start + step) % frames for step in range(1, (end - start) % frames)]
 
 
 def intervals(case, frames):
-    """The successive frames to label: [(start, end, frames)] of systole and, for `frames` "all", diastole.
+    """The frames to label: [(start, end, frames)] of systole and, if `frames` is "all", diastole.
 
-    start, end: the phases "ED" and "ES" in the order met. One without a known label belongs to systole.
+    start, end: "ED" and "ES" in order of time. A phase without a known label is labelled as part of systole.
     """
     systole = (case.ed, *frames_between(case.ed, case.es, case.frames), case.es)
     found = [("ED", "ES", [frame for frame in systole if frame not in case.expert])]
@@ -61,22 +61,22 @@ def intervals(case, frames):
 
 
 def harden(regions):
-    """Soft shares (..., 3, H, W) of LV, MYO and RV, the rest background, to labels (..., H, W) uint8."""
+    """Labels (..., H, W) uint8 from soft shares (..., 3, H, W) of LV, MYO and RV; the rest is background."""
     share = regions.amax(-3)  # comparisons take a quarter of the time of `max` with indices
     lv, myo = (regions.select(-3, k) < share for k in (0, 1))  # where it is not the largest
     return (1 + lv.to(torch.uint8) + (lv & myo)) * (share > 1 - regions.sum(-3))
 
 
 def warp_labels(labels, displacement):
-    """Warp labels (B, H, W) uint8: soft, one arg max at the end (warping hard labels would erode them)."""
+    """Warp labels (B, H, W) uint8: soft, with one arg max at the end (warped hard labels would erode)."""
     return harden(warp(one_hot(labels), displacement))
 
 
 @dataclass
 class Propagated:
-    """Propagated labels (N, S, S) uint8, and of each slice (code, frame, slice) and its confidence.
+    """Propagated labels (N, S, S) uint8; `where`: (code, frame, slice) of each; `confidence`: of each.
 
-    trust: (N, S, S) uint8, of every pixel, 255 for 1; None: as much as the expert's.
+    trust: (N, S, S) uint8, of every pixel, 255 for 1; None: full trust, as for expert labels.
     """
 
     labels: np.ndarray
@@ -85,7 +85,7 @@ class Propagated:
     trust: np.ndarray | None = None
 
     def write(self, path, made_from):
-        """Write labels.h5; `made_from` tells the registration and settings that it was made with."""
+        """Write labels.h5; `made_from` identifies the registration and settings used."""
         codes, frames, slices = zip(*self.where) if self.where else ((), (), ())
         with writing_hdf5(path, 2 * self.labels.nbytes + 200 * len(codes) + 2**20) as file:
             file.create_dataset("labels", data=self.labels)
@@ -103,7 +103,7 @@ class Propagated:
         return digest(json.dumps(self.where), *map(np.ascontiguousarray, arrays))
 
     def of(self, case):
-        """The propagated labels of a case: {frame: (Z, S, S) uint8}, IGNORED in slices without."""
+        """The propagated labels of a case: {frame: (Z, S, S) uint8}, IGNORED in slices without any."""
         shape = case.slices, *self.labels.shape[1:]
         frames = defaultdict(lambda: np.full(shape, IGNORED, np.uint8))
         for (code, frame, z), labels in zip(self.where, self.labels):
@@ -113,9 +113,9 @@ class Propagated:
 
     @classmethod
     def read(cls, path):
-        """Read labels.h5. Raises InputError where there is none or it is not readable."""
+        """Read labels.h5. Raises InputError if there is none or it is not readable."""
         if not path.exists():
-            raise InputError(f"{path}: there are no propagated labels; run propagate_labels.py before")
+            raise InputError(f"{path}: there are no propagated labels; run propagate_labels.py first")
         try:
             names = ("labels", "case", "frame", "slice", "confidence")
             with h5py.File(path) as file:
@@ -125,7 +125,7 @@ class Propagated:
             fits = kinds == "uSiif" and labels.ndim == 3 and len({*map(len, (labels, *columns))}) == 1
             trusted = trust is None or (trust.dtype == np.uint8 and trust.shape == labels.shape)
             if not (fits and trusted) or labels.max(initial=0) > len(LABELS):
-                raise ValueError("its parts do not fit each other")
+                raise ValueError("its datasets do not fit together")
             codes, *columns = (each.tolist() for each in columns)
             where = [(code.decode("ascii"), *place) for code, *place in zip(codes, *columns[:2])]
             return cls(labels, where, np.array(columns[2], np.float32), trust)
@@ -134,7 +134,7 @@ class Propagated:
 
 
 def made_from(path):
-    """What the labels.h5 at `path` was made from, or None where there is no readable one."""
+    """What the labels.h5 at `path` was made from, or None if there is no readable one."""
     try:
         with h5py.File(path) as file:
             return str(file.attrs["made_from"])
@@ -144,7 +144,7 @@ def made_from(path):
 
 @torch.no_grad()
 def carried_to_es(network, store):
-    """Dice of ED's label with ES's, as it is and as it is carried, mean over regions, of one case."""
+    """[Dice of ED's label with ES's, Dice after carrying it to ES] of one case, mean over regions."""
     (case,) = store.cases
     ed, es = (store.frame(case, frame) for frame in (case.ed, case.es))
     source, target = (store.expert(case, frame) for frame in (case.ed, case.es))
@@ -157,15 +157,15 @@ class Carried:
     """The expert labels of one phase, carried to F frames of a case of Z slices; on the device."""
 
     regions: torch.Tensor  # (F, Z, 3, S, S) soft shares of LV, MYO, RV
-    residual: torch.Tensor  # (F, Z, S, S) what is left of the images' difference, over 5 x 5 pixels
+    residual: torch.Tensor  # (F, Z, S, S) image difference after warping, mean of 5 x 5 pixels
     unrefined: torch.Tensor  # (F, Z, S, S) the same by the network alone, without `refine`
     confidence: torch.Tensor  # (F, Z) Dice of the label with itself after the round trip
     folding: torch.Tensor  # (F, Z) percent of det J <= 0 near the heart
-    pixels: torch.Tensor  # (Z, 3) of each region in the source
+    pixels: torch.Tensor  # (Z, 3) pixels of each region in the source
 
     @property
     def present(self):
-        """(Z,) slices with a label; without, confidence and folding are NaN."""
+        """(Z,) bool, slices with a label; in others, confidence and folding are NaN."""
         return (self.pixels > 0).any(1)
 
 
@@ -173,8 +173,8 @@ class Carried:
 def carry(network, store, source, frames, steps=0):
     """Carry the expert labels of frame `source` to `frames` of the one case in `store`: `Carried`.
 
-    steps: of `networks.refine`, on the way there. The way back is registered anew, by the network alone,
-    moving and fixed exchanged: exp(-v) would undo exp(v) by construction.
+    steps: of `networks.refine`, on the way there. The way back is a new registration, by the network alone,
+    with moving and fixed swapped: exp(-v) would undo exp(v) by construction.
     """
     (case,), count = store.cases, len(frames)
     moving = store.frame(case, source).repeat(count, 1, 1, 1)
@@ -210,21 +210,21 @@ def carry(network, store, source, frames, steps=0):
 
 @dataclass
 class Result:
-    """What propagation gives to successive frames of a case, numpy."""
+    """Propagated labels of F successive frames of a case, as numpy arrays."""
 
     labels: np.ndarray  # (F, Z, S, S) uint8
     trust: np.ndarray  # (F, Z, S, S) uint8, 255 for 1
     confidence: np.ndarray  # (F, Z), NaN in slices without a source: unlabelled, not background
     folding: np.ndarray  # (F, Z) percent
     source: list  # (F, Z) of "ED", "ES", "ED+ES", ""
-    fault: list  # (F, Z) of why a slice with a source is not kept, else ""
+    fault: list  # (F, Z) reasons why a slice with a source is not kept, else ""
 
 
 def propagate_interval(network, store, start, end, frames, trusted, steps=0):
     """Labels of successive `frames` between two phases of the one case in `store`: a `Result`.
 
-    Of the paper: ED's labels warped (ES's where ED's are not known), and the Dice after the way there and
-    back for confidence. `trusted`: fused, weighed and checked as in `trust.py`. steps: as `carry`.
+    As in the paper: ED's labels warped (ES's if ED's are unknown), with their Dice after the round trip as
+    confidence. `trusted`: labels fused, weighted and checked as in `trust.py`. steps: as for `carry`.
     """
     (case,) = store.cases
     known = [phase for phase in ("ED", "ES") if case.phases[phase] in case.expert]
@@ -256,13 +256,13 @@ def propagate_interval(network, store, start, end, frames, trusted, steps=0):
 
 
 def _dilate(masks, pixels):
-    """Masks (B, H, W) dilated by a square of so many pixels to every side."""
+    """Masks (B, H, W) dilated by `pixels` to every side, as a square."""
     half, width = round(pixels), 2 * round(pixels) + 1
     masks = F.max_pool2d(masks[:, None].float(), (width, 1), 1, (half, 0))  # one axis after the other
     return F.max_pool2d(masks, (1, width), 1, (0, half))[:, 0] > 0
 
 
-# ------------------------------------------------------------------------- the registration's own quality
+# ----------------------------------------------------------------------- quality of the registration itself
 
 QUALITY = ("case", "vendor", "split", "region", "dice_before", "dice_after", "hd95_mm_before",
            "hd95_mm_after", "folding_percent", "sd_log_jacobian")
@@ -272,8 +272,8 @@ QUALITY = ("case", "vendor", "split", "region", "dice_before", "dice_after", "hd
 def score_registration(network, cache, cases, settings, device, parts=UNKEPT):
     """ED's label carried to ES against the expert's, in 3-D on each case's own grid: rows of quality.csv.
 
-    "before" is the identity. Folding (det J <= 0) and the spread of log det J count within 10 mm of either
-    label. parts: where the scores of finished cases are kept.
+    "before" is the identity. Folding (det J <= 0) and the spread of log det J are taken within 10 mm of
+    either label. parts: where the scores of finished cases are kept.
     """
     rows = []
     with worker_pool(settings.workers, len(cases)) as run:
@@ -288,8 +288,8 @@ def score_registration(network, cache, cases, settings, device, parts=UNKEPT):
 
 
 def _to_own_grid(network, cache, case, device):
-    """ED's and ES's labels, ED's warped, all (X, Y, Z), spacing, Jacobian determinant (Z, X, Y)."""
-    # of all frames, two are read; the label that is carried is given, whether training may know it or not
+    """Input of `_score_own_grid`: labels of ED, ES and ED warped (X, Y, Z), spacing, det J (Z, X, Y)."""
+    # only two frames are read; ED's label is used even if it is withheld from training
     store = SliceStore(cache, [replace(case, withheld=())], device, place="file")
     ed, es = (store.frame(store.cases[0], frame) for frame in (case.ed, case.es))
     found = register(network, ed, es, store.expert(store.cases[0], case.ed))
@@ -304,7 +304,7 @@ def _to_own_grid(network, cache, case, device):
 def own_grid_displacement(displacement, grid):
     """Resample a displacement (Z, 2, S, S) of the cache to a case's own grid: (Z, 2, X, Y) in its pixels.
 
-    Outside the crop it goes on with its value at the crop's edge, so that no fold appears there.
+    Outside the crop it keeps its value at the crop's edge, so that no fold appears there.
     """
     planes = grid.from_slices(displacement.cpu().numpy(), "edge")
     planes *= (grid.target / np.array(grid.spacing))[:, None, None]

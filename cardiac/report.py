@@ -1,4 +1,4 @@
-"""What a person looks at: curves, registration examples, the beating cine, tables."""
+"""Figures and tables to look at: curves, examples, Bland-Altman plots, the beating cine."""
 
 import io
 
@@ -21,13 +21,13 @@ from cardiac.nifti import read_label_values
 from cardiac.slices import SliceStore
 from cardiac.warp import jacobian_determinant, warp
 
-# Okabe & Ito (2008): told apart by colour-blind readers, on dark images too
+# Okabe & Ito (2008): distinct for colour-blind readers, on dark images too
 COLOURS = {"LV": "#E69F00", "MYO": "#56B4E9", "RV": "#CC79A7"}
 MODEL_COLOURS = {"original": "#767676", "propagated": "#0072B2"}
 
 
 def save_figure(figure, path):
-    """Write a figure as PNG, whole or not at all, without a time in it."""
+    """Write a figure as PNG, atomically and without matplotlib's version in it."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
     write_bytes(path, buffer.getvalue())
@@ -38,7 +38,7 @@ def show_slice(axes, image, labels=None, title=None, **options):
 
     Returns matplotlib's image, for a colour bar.
     """
-    axes.set(xticks=[], yticks=[])  # not seen, but laid out, in a third of the time of a figure
+    axes.set(xticks=[], yticks=[])  # invisible ticks would take a third of a figure's time
     drawn = axes.imshow(image.T, cmap=options.pop("cmap", "gray"), interpolation="nearest", **options)
     if labels is not None:
         draw_contours(axes, labels)
@@ -54,7 +54,7 @@ def draw_contours(axes, labels, **options):
         mask = (labels == LABELS[region]).T
         if mask.any() and not mask.all():
             lines = axes.contour(mask, [0.5], colors=COLOURS[region], **{"linewidths": 1, **options})
-            # to be seen on bright blood
+            # visible on bright blood, too
             lines.set_path_effects([withStroke(linewidth=2.2, foreground="black", alpha=0.35)])
 
 
@@ -76,10 +76,10 @@ def draw_curves(folder):
         values = [float(row[name] or "nan") for row in rows]
         axes = right if "dice" in name else left
         axes.plot(steps, values, ".-", label=name.replace("_", " "), linewidth=1, markersize=3)
-    left.set(xlabel="step", ylabel="loss, its terms without their weights", yscale="log")
+    left.set(xlabel="step", ylabel="loss, and its unweighted terms", yscale="log")
     right.set(xlabel="step", ylabel="validation Dice")
     low, high = right.get_ylim()
-    right.set_ylim(min(low, high - 0.05), high)  # a thousandth is not to look like a leap
+    right.set_ylim(min(low, high - 0.05), high)  # a change by .001 must not look like a leap
     for axes in (left, right):
         if axes.lines:  # without labels of both phases the registration has no Dice
             axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
@@ -109,10 +109,10 @@ def draw_registration(path, network, store, count=4):
         difference = show_slice(axes[4], warped - fixed, None, "warped - fixed", **change)
         show_slice(axes[5], moving, None, "where warped is sampled", **grey)
         _draw_grid(axes[5], displacement[0].cpu().numpy())
-        logarithm = np.log2(determinant.clip(min=1e-6))  # a fold is as dark as the colours go
+        logarithm = np.log2(determinant.clip(min=1e-6))  # folds get the darkest colour
         growth = show_slice(axes[6], logarithm, None, "log2 det J", cmap="PuOr", vmin=-2, vmax=2)
     for drawn, columns, text in ((difference, grid[:, 3:5], "of the intensity window"),
-                                 (growth, grid[:, 6:], "shrinks to ES where > 0")):
+                                 (growth, grid[:, 6:], "shrinks from ED to ES where > 0")):
         bar = figure.colorbar(drawn, ax=columns, location="bottom", aspect=20, pad=0.02, shrink=0.8)
         bar.set_label(text, fontsize=8)
         bar.ax.tick_params(labelsize=8)
@@ -121,7 +121,7 @@ def draw_registration(path, network, store, count=4):
 
 
 def _spread(cases, count):
-    """So many of the cases, evenly spread over the list."""
+    """`count` of the cases, evenly spread over the list."""
     return [cases[k] for k in np.linspace(0, len(cases) - 1, min(count, len(cases))).astype(int)]
 
 
@@ -143,7 +143,7 @@ def draw_segmentation(path, network, store, count=4):
 
 
 def draw_dice(path, results):
-    """Dice by region and vendor: a box and its points, one a case and phase, side by side for each model."""
+    """Dice by region and vendor: boxes, and a point per case and phase, side by side for each model."""
     vendors = list(dict.fromkeys(case.vendor for case in sorted(results.cases, key=lambda case: case.vendor)))
     figure = Figure((9, 3.2), dpi=150, layout="constrained")
     for axes, region in zip(figure.subplots(1, len(REGIONS), sharey=True), REGIONS):
@@ -156,7 +156,7 @@ def draw_dice(path, results):
                 scores = [r["dice"] for r in results.rows if place <= r.items() and not np.isnan(r["dice"])]
                 spread = x + np.linspace(-0.1, 0.1, len(scores))
                 axes.plot(spread, scores, "o", markersize=3, alpha=0.6, markeredgewidth=0, **style)
-                if len(scores) >= 5:  # of fewer the points tell all
+                if len(scores) >= 5:  # fewer points need no box
                     axes.boxplot(scores, positions=[x], widths=0.34, showfliers=False, whis=(0, 100), **boxes)
         axes.set_xticks(range(len(vendors)), [results.starred(vendor) for vendor in vendors])
         axes.set(title=region, xlabel="vendor", ylim=(-0.02, 1.02))
@@ -169,7 +169,7 @@ def draw_dice(path, results):
 
 
 def draw_bland_altman(path, results):
-    """Bland-Altman plots of EDV, ESV and EF of the LV, a row a model, with bias and limits of agreement."""
+    """Bland-Altman plots of EDV, ESV and EF of the LV, a row per model, with bias and limits of agreement."""
     figure = Figure((10, 0.3 + 2.7 * len(results.models)), dpi=150, layout="constrained")
     grid = figure.subplots(len(results.models), 3, sharex="col", sharey="col", squeeze=False)
     for model, line in zip(results.models, grid):
@@ -191,13 +191,13 @@ def draw_bland_altman(path, results):
             axes.set_ylabel(f"{model} - expert", fontsize=9)
             axes.set_xlabel("mean of both", fontsize=9)
             axes.spines[["top", "right"]].set_visible(False)
-    # of EF, which all models share; next to no volume at ED makes anything of it
+    # EF's axes, shared by all models; a tiny volume at ED gives any EF
     axes.set(xlim=np.clip(axes.get_xlim(), -20, 120), ylim=np.clip(axes.get_ylim(), -110, 110))
     save_figure(figure, path)
 
 
 def heart_box(labels, spacing, margin=12):
-    """Slices (x, y) of the box around the labels (X, Y, ...), `margin` mm wider to every side."""
+    """Slices (x, y) of the box around the labels (X, Y, ...), `margin` mm wider on every side."""
     box = []
     for axis, mm in enumerate(spacing[:2]):
         filled = np.flatnonzero(labels.any(axis=tuple(k for k in range(labels.ndim) if k != axis)))
@@ -245,7 +245,7 @@ def _draw_grid(axes, displacement, every=5):
 def draw_cine(path, cache, cases, propagated):
     """cine.gif: three slices of one case through the labelled frames, from ED on, contours beating.
 
-    The case is the one of median confidence. Without propagated labels the expert's frames alone are drawn.
+    The case is the one of median confidence. Without propagated labels only the expert's frames are drawn.
     """
     case = median_case(cases, propagated)
     frames = labelled_cine(cache, case, propagated)
@@ -265,14 +265,14 @@ def draw_cine(path, cache, cases, propagated):
         picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
         pictures.append(picture.quantize(palette=palette, dither=Image.Dither.NONE))
     first, *others = pictures
-    pace = {"duration": 120 if len(pictures) > 4 else 700, "loop": 0}  # ms: ED and ES alone take longer
+    pace = {"duration": 120 if len(pictures) > 4 else 700, "loop": 0}  # ms: slower for ED and ES only
     with replacing(path) as temporary:
         first.save(temporary, "GIF", save_all=True, append_images=others, **pace)
 
 
 def _palette():
-    """256 colours of a GIF: greys, and those of the regions from black to white. Chosen by how often they
-    occur, none would be left for a thin contour.
+    """A GIF's 256 colours: greys, and those of the regions from black to white. An adaptive palette would
+    leave none for a thin contour.
     """
     colours = [to_rgb(colour) for colour in COLOURS.values()]
     shades = [np.linspace(0, 1, 256 - 32 * len(colours))[:, None] * np.ones(3)]
@@ -303,7 +303,7 @@ def labelled_cine(cache, case, propagated):
 
 
 def quality_lines(path):
-    """The registration's quality.csv, in 3-D on own grids, as rows of text: a line a split and region."""
+    """The registration's quality.csv as rows of text, one per split and region; mean over cases."""
     rows = read_csv(path)
     lines = [["ED -> ES", "cases", "Dice before", "after", "HD95 mm before", "after", "folding %"]]
     names = [f"{score}_{when}" for score in ("dice", "hd95_mm") for when in ("before", "after")]

@@ -16,26 +16,26 @@ from cardiac import parallel
 from cardiac.files import InputError, digest, locked, read_json, shown, write_json
 from cardiac.parts import PARTS
 
-# by --overwrite: first what tells how far a run is, last its settings
+# in this order by --overwrite: first what marks progress, last the settings
 REMOVED = {"last.pt": -1, "labels.h5": -1, "summary.json": -1, PARTS: -1, "config.json": 1}
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived. Like KeyboardInterrupt, no `except Exception` swallows it."""
+    """Raised on SIGTERM. Like KeyboardInterrupt, no `except Exception` swallows it."""
 
 
 WAYS_OUT = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
-# what CUDA says, in errors that are no OutOfMemoryError, of a full card and of one that torch cannot use
+# CUDA's messages, in errors other than OutOfMemoryError, for a full GPU and one that torch cannot use
 FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 UNUSABLE = ("no kernel image is available", "busy or unavailable")
-EMPTIED = set()  # folders that --overwrite has emptied for the script that runs
+EMPTIED = set()  # folders that --overwrite has emptied in this run of a script
 
 
 def script(main):
-    """Turn `main(argv)` into a script's entry: what the user must mend is one line on stderr, exit code 2.
+    """Turn `main(argv)` into a script's entry point: errors by the user are one line on stderr, exit code 2.
 
-    Ctrl-C exits with 130 and SIGTERM with 143, as shells count; both unwind the stack, so that temporary
-    files go and the training loop saves. Under torchrun the first process speaks for what befalls them all.
+    Ctrl-C exits with 130 and SIGTERM with 143, as in a shell; both unwind the stack, so that temporary files
+    are removed and the training loop saves. Under torchrun the first process reports errors common to all.
     """
 
     def run(argv):
@@ -52,8 +52,8 @@ def script(main):
             return 0
         except BaseException as error:
             if parallel.RANK and "closed by peer" in str(error):
-                return 1  # the first process has left and says why
-            # compiled code that the signal hit may have made another exception of it
+                return 1  # the first process has ended and reports why
+            # compiled code hit by the signal may have turned it into another exception
             error = WAYS_OUT[arrived[0]]() if arrived else error
             found = _last_words(error)
             if not found:
@@ -61,7 +61,7 @@ def script(main):
             message, code = found
             befell_one = not isinstance(error, (InputError, *WAYS_OUT.values()))
         if code > 2:
-            message += "; the same command goes on from here"
+            message += "; the same command resumes from here"
             if EMPTIED:
                 message += ", without --overwrite"
         if parallel.RANK == 0 or befell_one:
@@ -79,7 +79,7 @@ def script(main):
 
 
 def _last_words(error):
-    """What ends a script: (one line, exit code); None for a bug, which keeps its traceback."""
+    """(one line, exit code) for an error that ends a script; None for a bug, which keeps its traceback."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     if isinstance(error, Terminated):
@@ -88,11 +88,11 @@ def _last_words(error):
         return str(error), 2
     text = str(error)
     if isinstance(error, torch.cuda.OutOfMemoryError) or any(words in text for words in FULL):
-        return "out of GPU memory: lower --size, --batch-size, --channels or --width, or take --device cpu", 2
+        return "out of GPU memory: lower --size, --batch-size, --channels or --width, or use --device cpu", 2
     if any(words in text for words in UNUSABLE):
-        what = "free the card, install a PyTorch that is built for it, or take --device cpu"
+        what = "free the GPU, install a PyTorch that is built for it, or use --device cpu"
         return f"{text.splitlines()[0]}: {what}", 2
-    # of a worker that the kernel killed there is no more than a BrokenExecutor; the text is torch's
+    # a worker killed by the kernel leaves only a BrokenExecutor; the text is torch's
     if isinstance(error, (MemoryError, BrokenExecutor)) or "can't allocate memory" in text:
         return "out of memory: lower --size, --batch-size or --workers", 2
     if isinstance(error, OSError):
@@ -103,7 +103,7 @@ def _last_words(error):
 
 @contextlib.contextmanager
 def _handlers(handler):
-    """Let `handler` see to Ctrl-C and SIGTERM inside the block, in the main thread, which alone can."""
+    """Let `handler` handle Ctrl-C and SIGTERM inside the block; possible only in the main thread."""
     previous = {}
     with contextlib.suppress(ValueError):
         previous = {number: signal.signal(number, handler) for number in WAYS_OUT}
@@ -111,14 +111,14 @@ def _handlers(handler):
         yield
     finally:
         for number, before in previous.items():
-            signal.signal(number, before or signal.SIG_DFL)  # None: set by no Python code
+            signal.signal(number, before or signal.SIG_DFL)  # None: not set by Python
 
 
 @contextlib.contextmanager
 def deferred_signals():
-    """Hold back Ctrl-C and SIGTERM inside the block; give `leave_if_asked(save)`, to be called between steps.
+    """Defer Ctrl-C and SIGTERM inside the block; yields `leave_if_asked(save)`, to be called between steps.
 
-    It saves and leaves when one has arrived. A second Ctrl-C leaves at once, without saving.
+    It saves and exits if a signal has arrived. A second signal exits at once, without saving.
     """
     arrived = []
 
@@ -137,7 +137,7 @@ def deferred_signals():
 
 
 def choose_device(name):
-    """The torch device for `--device auto|cpu|cuda`; under torchrun each process has a card of its own."""
+    """The torch device for `--device auto|cpu|cuda`; under torchrun each process has its own GPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: there is no CUDA device that torch can use; try --device auto")
     if name == "auto":
@@ -149,12 +149,12 @@ def choose_device(name):
             raise InputError(f"torchrun started {what}; lower --nproc_per_node")
         torch.cuda.set_device(parallel.LOCAL_RANK)
     if name == "cuda":
-        torch.zeros(1, device=name).item()  # what is wrong with a card is said before any work is done
+        torch.zeros(1, device=name).item()  # an unusable GPU is an error before any work is done
     return torch.device(name)
 
 
 def describe(device):
-    """One line about a device: the card's name, or the CPU threads."""
+    """One line about a device: the GPU's name, or the number of CPU threads."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return f"cpu ({torch.get_num_threads()} threads)"
@@ -162,9 +162,9 @@ def describe(device):
 
 @contextlib.contextmanager
 def run_folder(settings, name, cases, learned=None, labels=None):
-    """The folder OUT/name, held by this process alone for the block, with the settings in its config.json.
+    """Yield the folder OUT/name, locked for the block, with the settings in its config.json.
 
-    cases, learned, labels: as `check_run`. With --overwrite the folder is emptied first.
+    cases, learned, labels: as for `check_run`. With --overwrite the folder is emptied first.
     """
     folder = settings.out / name
     with run_lock(settings, name):
@@ -174,7 +174,7 @@ def run_folder(settings, name, cases, learned=None, labels=None):
         made_of = check_run(settings, name, cases, learned, labels)
         write_json(folder / "config.json", {"settings": dataclasses.asdict(settings), **made_of})
         yield folder
-        shutil.rmtree(folder / PARTS, ignore_errors=True)  # all that it is kept for is finished
+        shutil.rmtree(folder / PARTS, ignore_errors=True)  # no longer needed: the run is finished
 
 
 def amend_config(folder, **settings):
@@ -184,26 +184,26 @@ def amend_config(folder, **settings):
 
 
 def run_lock(settings, name):
-    """Hold the folder OUT/name for this process alone; InputError where another one does."""
+    """Lock the folder OUT/name for this process (a context manager); InputError if another one holds it."""
     folder = settings.out / name
     busy = f"{folder}: another process is writing there; wait for it or choose another --out"
     return locked(settings.out / f".{name.replace('/', '-')}.lock", busy)
 
 
 def _empty(folder):
-    """Remove a run; killed in here, what is left is one that has not begun."""
+    """Remove a run; if killed meanwhile, what is left counts as a run that has not begun."""
     for path in sorted(folder.iterdir(), key=lambda path: REMOVED.get(path.name, 0)):
         if not path.is_dir():
             path.unlink()
-        elif not (path / "config.json").exists():  # that is another run's: evaluation/NAME
+        elif not (path / "config.json").exists():  # another run's: evaluation/NAME
             shutil.rmtree(path)
     EMPTIED.add(folder)
 
 
 def remove_runs(settings, names):
-    """Remove all runs OUT/name that a call with --overwrite makes anew, before it makes the first.
+    """Remove all runs OUT/name that a call with --overwrite redoes, before it redoes the first.
 
-    Interrupted then, the second is not found finished, with what the first is no longer.
+    Otherwise, if interrupted, the second would count as finished, although it no longer matches the first.
     """
     with contextlib.ExitStack() as stack:
         for name in names:
@@ -214,13 +214,12 @@ def remove_runs(settings, names):
 
 
 def check_run(settings, name, cases, learned=None, labels=None, beside=False):
-    """What tells the run in the folder OUT/name from others, for its config.json: {"dataset", "cases",
-    "labels"}.
+    """What identifies the run in the folder OUT/name, for its config.json: {"dataset", "cases", "labels"}.
 
-    cases: of the dataset; learned: those that are trained and validated on, with their labels, None where
-    there is no training; labels: `Propagated.digest` of the labels that it learns from, None without. Raises
-    InputError where there is a run on others, unless --overwrite is to remove it. beside: the run is one that
-    this call compares with and does not write to: its propagated labels do not matter, nor does --overwrite.
+    cases: of the dataset; learned: those trained and validated on, with their labels, None without training;
+    labels: `Propagated.digest` of the propagated labels trained on, None without any. Raises InputError if
+    the folder holds a run on others, unless --overwrite is to remove it. beside: this call only compares with
+    the run and does not write to it: its propagated labels do not matter, nor does --overwrite.
     """
     config = settings.out / name / "config.json"
     learned = None if learned is None else learnt_digest(learned)
@@ -229,25 +228,25 @@ def check_run(settings, name, cases, learned=None, labels=None, beside=False):
     stored = read_json(config) if config.exists() and (beside or not settings.overwrite) else made_of
     anew = "use --labels both --overwrite" if beside else "use --overwrite"
     ways = {"dataset": f"another dataset; {anew}",
-            "cases": f"cases of Training or Validation that have changed or come since; {anew}",
+            "cases": f"cases of Training or Validation that have since changed or been added; {anew}",
             "labels": "other propagated labels; use --labels propagated --overwrite"}
     for what, identity in made_of.items():
         if stored.get(what, identity) != identity:
             raise InputError(f"{config.parent}: holds a run on {ways[what]} or choose another --out")
-    return {what: identity for what, identity in made_of.items() if what in stored}  # an older run knew fewer
+    return {what: identity for what, identity in made_of.items() if what in stored}  # older runs have fewer
 
 
 def dataset_identity(cases):
-    """What tells one dataset from another: a digest of the codes of its training cases (of all, without any).
+    """What identifies a dataset: a digest of the codes of its training cases (or of all, if it has none).
 
-    Of those alone, so that Validation and Testing may be unpacked later.
+    Only of those, so that Validation and Testing may be unpacked later.
     """
     training = [case for case in cases if case.split == "Training"]
     return digest("\n".join(sorted(case.code for case in training or cases)))
 
 
 def cases_digest(cases):
-    """A digest of the cases that a result was made from: codes, what the table says, files."""
+    """A digest of the cases that a result was made from: codes, entries in the table, files."""
     return digest(json.dumps([case.identity() for case in cases]))
 
 

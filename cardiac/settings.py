@@ -18,7 +18,7 @@ def setting(default, help, **options):
     return field(default=default, metadata={"help": help, **options})
 
 
-LABELLED_PHASES = setting("both", "expert labels that are known; the other phase's are for scores alone",
+LABELLED_PHASES = setting("both", "phases whose expert labels are used; the others serve only for scoring",
                           choices=("ED", "ES", "both"))
 LABELLED_CASES = setting(None, "use the labels of only N Training patients, chosen by seed (default: all)",
                          metavar="N")
@@ -26,26 +26,26 @@ LABELLED_CASES = setting(None, "use the labels of only N Training patients, chos
 
 @dataclass
 class Settings:
-    """What all four scripts take."""
+    """The settings of all four scripts."""
 
     STRONG: ClassVar = {"crop": "motion"}  # the defaults that --recipe strong changes
-    REMADE: ClassVar = False  # whether results are made anew, not refused, when an earlier run has changed
+    REMADE: ClassVar = False  # whether results are redone, not refused, if an earlier run has changed
 
     data: Path = setting(None, "dataset in the layout of M&Ms or ACDC", required=True)
     out: Path = setting(Path("runs"), "folder of this run")
     cache: Path = setting(None, "folder of slice caches (default: folder `cache` beside OUT)")
-    device: str = setting("auto", "where to compute; auto: cuda where there is one",
+    device: str = setting("auto", "where to compute; auto: cuda if available",
                           choices=("auto", "cpu", "cuda"))
     size: int = setting(192, "side of the square slices, pixels (a multiple of 16)")
     spacing: float = setting(1.25, "in-plane spacing of the slices, mm")
-    crop: str = setting("centre", "slices are cut about the centre of the image, or about what moves",
+    crop: str = setting("centre", "slices are centred on the image, or on what moves",
                         choices=("centre", "motion"))
-    seed: int = setting(0, "random seed; what step n draws depends on (seed, n) alone")
-    recipe: str = setting("paper", "paper: the paper's method; strong: with the defaults marked so here",
+    seed: int = setting(0, "random seed; what step n draws depends only on (seed, n)")
+    recipe: str = setting("paper", "paper: the paper's method; strong: the defaults marked strong here",
                           choices=("paper", "strong"))
-    workers: int = setting(0, "processes that read, unpack and score scans (0: one a core)")
+    workers: int = setting(0, "processes that read, unpack and score scans (0: one per core)")
     skip_bad: bool = setting(False, "leave out cases that cannot be read, instead of stopping")
-    overwrite: bool = setting(False, "start anew: remove what this script wrote in OUT before")
+    overwrite: bool = setting(False, "start over: remove what this script wrote in OUT before")
 
     def check(self):
         """Raise InputError for a value that cannot work, before any work is done."""
@@ -60,43 +60,43 @@ class Settings:
             value = getattr(self, name, None)
             if value != getattr(type(self), name, None) and not least <= value <= largest:
                 flag = f"--{name.replace('_', '-')}"
-                raise InputError(f"{flag} {value}: must lie from {least:g} to {largest:g}")
+                raise InputError(f"{flag} {value}: must be between {least:g} and {largest:g}")
         if self.size % 16:
             down = self.size // 16 * 16
-            what = f"the networks halve it four times; take {down} or {down + 16}"
+            what = f"the networks halve it four times; use {down} or {down + 16}"
             raise InputError(f"--size {self.size}: {what}")
         if not all(isinstance(code, str) for code in getattr(self, "held_out", None) or ()):
             raise TypeError("held_out: not a list of codes")
         batch, shares = getattr(self, "batch_size", None), processes()
         if shares > 1 and batch is None:
-            raise InputError("this script is one process; torchrun is for the training scripts")
+            raise InputError("this script runs as one process; use torchrun only for training")
         if shares > 1 and batch % shares:
-            raise InputError(f"--batch-size {batch}: {shares} processes cannot share it in equal parts")
+            raise InputError(f"--batch-size {batch}: {shares} processes cannot share it equally")
 
 
 @dataclass
 class TrainingSettings(Settings):
-    """What the training loop takes."""
+    """The settings of the training loop."""
 
-    epochs: int = setting(100, "epochs; one is `steps_per_epoch` steps, however many labels there are")
+    epochs: int = setting(100, "epochs of `steps_per_epoch` steps each, however many labels there are")
     steps_per_epoch: int = setting(200, "optimiser steps between two validations")
-    max_steps: int = setting(None, "stop each network after so many steps in all; overrides --epochs")
-    batch_size: int = setting(16, "slices (segmentation) or pairs of slices (registration) a step")
+    max_steps: int = setting(None, "total number of steps of each network; overrides --epochs")
+    batch_size: int = setting(16, "slices (segmentation) or pairs of slices (registration) per step")
     lr: float = setting(1e-3, "learning rate of Adam")
     labelled_phases: str = LABELLED_PHASES
     labelled_cases: int = LABELLED_CASES
     held_out: list = setting(
-        None, "labelled Training patients to validate on (default: those that the run began with; at first "
-        "none where Validation has cases of vendors with training labels, else a fifth, chosen by seed)",
+        None, "labelled Training patients to validate on (default: those of the run so far; at first none "
+        "if Validation has cases of vendors with training labels, otherwise a fifth, chosen by seed)",
         type=str, nargs="+", metavar="CODE")
     augment: bool = setting(False, "a random transform for every sample (`augment.py`)")
-    averaging: float = setting(0.0, "decay of the average of the weights that is validated and kept; 0: none")
+    averaging: float = setting(0.0, "decay of the weights' average, which is validated and kept; 0: none")
     patience: int = setting(10, "lr falls to a tenth after more epochs than this without a lower val_loss")
     precision: str = setting(
-        "auto", "what a step's convolutions compute in; auto: bfloat16 on cards made for it, else float32; "
-        "processors with AVX512_BF16 are faster in bfloat16, others many times slower",
+        "auto", "number format of a step's convolutions; auto: bfloat16 on GPUs made for it, else float32; "
+        "CPUs with AVX512_BF16 are faster in bfloat16, others many times slower",
         choices=("auto", "float32", "bfloat16"))
-    profile: bool = setting(False, "write a trace of a few steps to the run's folder, print what takes time")
+    profile: bool = setting(False, "write a trace of a few steps to the run's folder; print what takes time")
 
     @property
     def total_steps(self):
@@ -111,12 +111,12 @@ class RegistrationSettings(TrainingSettings):
     STRONG: ClassVar = {**Settings.STRONG, "augment": True, "averaging": 0.998, "dice_weight": 0.5,
                         "difference_weight": 20.0, "guided": True, "turned": True}
     similarity: str = setting("mse", "image term of the loss", choices=("mse", "ncc"))
-    smoothness: float = setting(0.01, "weight of the velocity's diffusion (1.0 goes with ncc)")
+    smoothness: float = setting(0.01, "weight of the velocity's diffusion (use 1.0 with ncc)")
     dice_weight: float = setting(0.05, "weight of the labels' overlap where both slices have expert labels")
     difference_weight: float = setting(0.0, "weight of the labels' squared difference, in the same slices")
-    width: int = setting(1, "times VoxelMorph's channels; 2 carries labels better, in three times the time")
+    width: int = setting(1, "multiple of VoxelMorph's channels; 2: better labels in three times the time")
     guided: bool = setting(False, "the labels of the moving slice, where known, are an input of the network")
-    turned: bool = setting(False, "carry labels by the mean velocity of a pair and of it turned by 180 deg")
+    turned: bool = setting(False, "average the velocities of a pair as it is and turned by 180 degrees")
     labelled_share: float = setting(0.5, "share of pairs that are ED and ES, where both have expert labels")
 
 
@@ -126,12 +126,12 @@ class PropagationSettings(Settings):
 
     STRONG: ClassVar = {**Settings.STRONG, "trust": True, "refine": 10}
     REMADE: ClassVar = True
-    trust: bool = setting(False, "fuse ED's and ES's labels, weigh every pixel, check every slice (trust.py)")
+    trust: bool = setting(False, "fuse ED's and ES's labels, weight all pixels, check all slices (trust.py)")
     refine: int = setting(0, "steps of Adam that fit each velocity to its own two images")
     frames: str = setting("systole", "systole: ED to ES; all: diastole too", choices=("systole", "all"))
     labelled_phases: str = LABELLED_PHASES
     labelled_cases: int = LABELLED_CASES
-    nifti: bool = setting(False, "write the labels as NIfTI on each case's own grid too")
+    nifti: bool = setting(False, "also write the labels as NIfTI, on each case's own grid")
 
 
 @dataclass
@@ -140,8 +140,8 @@ class SegmentationSettings(TrainingSettings):
 
     STRONG: ClassVar = {**Settings.STRONG, "augment": True, "averaging": 0.99, "dice_weight": 1.0,
                         "expert_share": 0.5}
-    expert_share: float = setting(0.0, "share of slices drawn that are the expert's; 0: all as likely")
-    dice_weight: float = setting(0.0, "weight of the soft Dice loss beside the cross-entropy")
+    expert_share: float = setting(0.0, "share of expert slices among those drawn; 0: all are equally likely")
+    dice_weight: float = setting(0.0, "weight of the soft Dice loss added to the cross-entropy")
     labels: str = setting("both", "labels to train on", choices=("original", "propagated", "both"))
     channels: int = setting(32, "channels of the U-Net's first level")
 
@@ -157,9 +157,9 @@ class EvaluationSettings(Settings):
     channels: int = setting(32, "channels of the U-Net's first level")
     split: str = setting("Testing", "cases to score", choices=("Testing", "Validation", "Training"))
     mirrored: bool = setting(False, "average the predictions of four mirror images of each slice")
-    all_frames: bool = setting(False, "predict every frame, not ED and ES alone")
-    largest_component: bool = setting(False, "score each region's largest component too; --predict: write it")
-    view: tuple = setting((), "show this case in the report too (repeatable)", type=str, action="append",
+    all_frames: bool = setting(False, "predict every frame, not only ED and ES")
+    largest_component: bool = setting(False, "also score largest components; --predict: write these")
+    view: tuple = setting((), "also show this case in the report (repeatable)", type=str, action="append",
                           metavar="CODE")
 
     def check(self):
@@ -172,27 +172,27 @@ class EvaluationSettings(Settings):
 # what later scripts take from earlier ones
 SHARED = ("size", "spacing", "crop", "seed", "recipe", "labelled_phases", "labelled_cases", "channels",
           "skip_bad")
-# a matter of this call, never taken
+# specific to each call, never taken
 HERE = ("data", "out", "cache", "device", "workers", "overwrite", "labels", "profile")
-BUDGET = ("epochs", "max_steps", "nifti", "skip_bad")  # taken, but a typed one may differ: the run goes on
+BUDGET = ("epochs", "max_steps", "nifti", "skip_bad")  # taken, but may be changed when a run is resumed
 
 
 def parse(kind, argv, description, own=(), earlier=()):
-    """Settings of class `kind` from the command line and from what OUT holds.
+    """Settings of class `kind` from the command line and from the runs in OUT.
 
-    own: this script's folders below OUT. A run in them is gone on with: words that are not typed are its
-    words, and a typed one that contradicts it is an InputError (unless --overwrite). One of them that this
-    call does not write to gives its words, too, but typed ones may differ, unless they are SHARED or name the
-    patients to validate on. earlier: folders of the scripts before it, which give what is SHARED, such as
-    size and spacing, in the same way; where results are REMADE by another recipe than that of the run in
-    `own`, what the recipes differ in is the new one's.
+    own: this script's folders below OUT. A run in them is resumed: settings that are not typed are taken from
+    it, and a typed one that contradicts it is an InputError (unless --overwrite). If this call does not write
+    to it, a run still gives its settings, but typed ones may differ, unless they are SHARED or name the
+    patients to validate on. earlier: folders of the preceding scripts, which give the SHARED settings, such
+    as size and spacing, in the same way. If results are REMADE with another recipe than that of the run in
+    `own`, what the recipes differ in is taken from the new one.
     """
     typed = vars(_command_line(kind, description, earlier).parse_args(argv))
     if "held_out" in typed:
-        typed["held_out"] = sorted(set(typed["held_out"]))  # as runs note them
+        typed["held_out"] = sorted(set(typed["held_out"]))  # as runs store them
     settings = kind(**typed)
     known = dict.fromkeys(typed, "")  # name: the folder that gave its value
-    labels = getattr(settings, "labels", "both")  # of the two U-Nets this call may train one
+    labels = getattr(settings, "labels", "both")  # this call may train only one U-Net
     written = [folder for folder in own if labels in ("both", Path(folder).name)]
     others = [folder for folder in own if folder not in written]
     for folder in (*written, *others, *earlier):
@@ -201,13 +201,13 @@ def parse(kind, argv, description, own=(), earlier=()):
         stored = _stored(settings.out / folder)
         if folder in earlier:
             stored = {name: value for name, value in stored.items() if name in SHARED}
-        elif stored and not kind.REMADE:  # a setting that there was not then is off, whatever the recipe
+        elif stored and not kind.REMADE:  # a setting that did not exist then is off, whatever the recipe
             stored = {**vars(kind()), **stored}
-        if folder in others:  # what is typed may differ there
-            stored.pop("skip_bad", None)  # that of the registration counts
+        if folder in others:  # typed settings may differ there
+            stored.pop("skip_bad", None)  # the registration's counts
             same = SHARED if stored.get("held_out") is None else (*SHARED, "held_out")
             stored = {name: value for name, value in stored.items() if name in same or name not in known}
-        if "epochs" in typed:  # not to be overridden by a --max-steps of then
+        if "epochs" in typed:  # not to be overridden by an earlier --max-steps
             stored.pop("max_steps", None)
         recipe = settings.recipe
         _merge(settings, known, stored, settings.out / folder, folder in written)
@@ -224,18 +224,18 @@ def parse(kind, argv, description, own=(), earlier=()):
         settings.cache = settings.out.absolute().parent / "cache"
     try:
         settings.check()
-    except TypeError as error:  # no typed word can be of the wrong type
-        raise InputError(f"{settings.out}: a config.json there makes no sense ({error})") from error
+    except TypeError as error:  # typed settings always have the right type
+        raise InputError(f"{settings.out}: invalid settings in a config.json there ({error})") from error
     for flag, folder in (("--out", settings.out), ("--cache", settings.cache)):
         folder = folder.absolute()
         place = next(each for each in (folder, *folder.parents) if each.exists())
         if not (place.is_dir() and os.access(place, os.W_OK)):
-            raise InputError(f"{flag} {folder}: {place} is not a folder that can be written to")
+            raise InputError(f"{flag} {folder}: {place} is not a writable folder")
     return settings
 
 
 def _command_line(kind, description, earlier):
-    """The parser made from the fields of `kind`. What is not typed leaves no trace in what it gives."""
+    """The parser made from the fields of `kind`; its result lacks what is not typed."""
     if earlier and description:
         shared = (name.replace("_", "-") for name in SHARED if hasattr(kind, name))
         description += f"\n\nTaken from the runs in OUT unless typed: {', '.join(shared)}"
@@ -261,20 +261,20 @@ def _command_line(kind, description, earlier):
 
 
 def _stored(folder):
-    """The settings of the run in a folder; none where there is no run."""
+    """The settings {name: value} of the run in a folder; {} if there is none."""
     config = folder / "config.json"
     if not config.exists():
         return {}
     stored = read_json(config)
     if not isinstance(stored.get("settings"), dict):
-        raise InputError(f"{config}: not the settings of a run; {made_by(config)} --overwrite makes it anew")
+        raise InputError(f"{config}: not the settings of a run; {made_by(config)} --overwrite redoes it")
     return stored["settings"]
 
 
 def _merge(settings, known, stored, folder, written):
-    """Take what is not yet `known` from the `stored` settings of the run in a folder; what is, whether typed
-    or of another run, must not contradict them. Runs may differ in their seed: the first one counts. written:
-    whether this call writes there.
+    """Take settings that are not yet `known` from the `stored` ones of the run in `folder`; known ones,
+    whether typed or from another run, must not contradict those. Runs may differ in their seed: the first one
+    counts. written: whether this call writes to `folder`.
     """
     for name in (item.name for item in dataclasses.fields(settings) if item.name not in HERE):
         if name not in stored:
@@ -286,9 +286,9 @@ def _merge(settings, known, stored, folder, written):
             setattr(settings, name, stored[name])
             known[name] = f" of {folder}"
         elif value != stored[name] and name not in may_differ:
-            what = "leave it away, start anew with --overwrite," if written else "leave it away"
-            what = "make one of them anew with --overwrite," if giver else what
-            elsewhere = "choose another --out" if written or giver else "begin with it in another --out"
+            what = "omit it, start over with --overwrite," if written else "omit it"
+            what = "redo one of them with --overwrite," if giver else what
+            elsewhere = "choose another --out" if written or giver else "use it with another --out"
             pair = value, stored[name]
             here, there = (f"no {flag}" if each is None else f"{flag} {each}" for each in pair)
             what = f"{here}{giver} contradicts {there} of {folder}; {what}"

@@ -1,8 +1,8 @@
-"""The cache as tensors where they are needed, and the batches that both networks draw from it.
+"""Slices of the cache as tensors, on the device if they fit, and the batches that both networks draw.
 
-Everything a step draws comes from a generator seeded by (seed, step) alone: a resumed run draws what an
+Everything a step draws comes from a generator seeded only by (seed, step): a resumed run draws what an
 uninterrupted one would have, without a random state in the checkpoint. Processes that share a batch each draw
-the whole of it, in numbers, and read their part.
+the indices of the whole batch, but read only their part.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from cardiac.building import places_of
 from cardiac.losses import IGNORED
 from cardiac.parallel import ON_THIS_HOST, share
 
-# bytes of a card left to training beside its slices: enough for 16 of 192 x 192, 32 channels, float32
+# bytes of GPU memory left to training besides its slices: enough for 16 of 192 x 192, 32 channels, float32
 NETWORK = 3e9
 
 
@@ -25,12 +25,12 @@ def step_generator(seed, step):
 
 
 class SliceStore:
-    """Slices of some cases of a cache: on the device when they fit, else in host memory, else in the file.
+    """Slices of some cases of a cache: on the device if they fit, else in host memory, else in the file.
 
-    cases: the cases, with their rows counted in this store. labels: (M + 1, S, S) uint8 on the device; its
-    last row is IGNORED throughout, so that row -1 stands for "no expert label". what: printed with the size
-    and place. place: "device", "host" or "file"; by default where they fit. memory: where batches are
-    gathered by `rows_of`, the device or, for "host" and "file", the CPU.
+    cases: the cases, with their rows renumbered for this store. labels: (M + 1, S, S) uint8 on the device;
+    the last row is all IGNORED, so that row -1 stands for "no expert label". what: a name to print with size
+    and place. place: "device", "host" or "file"; by default the first that has room. memory: where `rows_of`
+    gathers batches, the device or, for "host" and "file", the CPU.
     """
 
     def __init__(self, cache, cases, device, what=None, place=None):
@@ -56,7 +56,7 @@ class SliceStore:
             print(f"{what}: {len(cases)} cases, {rows} slices, {size:.2f} GB {at[place]}", flush=True)
 
     def images(self, rows):
-        """Slices of these rows, (B,) on the CPU: (B, 1, S, S) float32 on the device."""
+        """Slices (B, 1, S, S) float32, on the device, of these rows, (B,) on the CPU."""
         if self.place == "file":
             slices = np.empty((len(rows), self.cache.size, self.cache.size), np.float16)
             self.cache.file.read("images", ((row, row + 1) for row in self._rows[rows].tolist()), slices)
@@ -64,14 +64,14 @@ class SliceStore:
         return self.rows_of(self._images, rows)[:, None].float()
 
     def rows_of(self, tensor, rows):
-        """These rows, (B,) on the CPU, of a tensor that lies in `memory`: on the device."""
+        """These rows, (B,) on the CPU, of a tensor in `memory`, brought to the device."""
         if self.place == "device":
             return tensor[rows.to(self.device, non_blocking=True)]
         return self._sent(tensor[rows])
 
     def _sent(self, tensor):
         if self.device.type == "cuda":
-            tensor = tensor.pin_memory()  # the card fetches it while the processor goes on
+            tensor = tensor.pin_memory()  # copied while the CPU continues
         return tensor.to(self.device, non_blocking=True)
 
     def frame(self, case, frame):
@@ -83,19 +83,19 @@ class SliceStore:
         return self.labels[torch.from_numpy(case.label_rows(frame)).to(self.device)]
 
     def known(self, case, frame):
-        """`expert`, or IGNORED throughout in a frame without expert labels that are known."""
+        """`expert`, or all IGNORED in a frame without known expert labels."""
         if frame in case.expert:
             return self.expert(case, frame)
         return self.labels[-1:].expand(case.slices, -1, -1)
 
 
 def _read_images(cache, ranges, shape, device):
-    """These rows of a cache as a tensor on the device.
+    """These ranges of rows of a cache as one tensor of `shape` on the device.
 
-    Case by case onto a card: the host may have less memory.
+    Case by case to a GPU: the host may have less memory.
     """
     if device.type == "cpu":
-        read = np.empty(shape, np.float16)  # in large pages, where the system has them: torch's are small
+        read = np.empty(shape, np.float16)  # in large pages, if the system has them: torch's are small
         cache.file.read("images", ranges, read)
         return torch.from_numpy(read)
     images = torch.empty(shape, dtype=torch.float16, device=device)
@@ -107,10 +107,10 @@ def _read_images(cache, ranges, shape, device):
 
 
 def _place(size, device):
-    """Where `size` bytes of slices and as much of labels and trust fit: "device", "host" or "file"."""
+    """Where `size` bytes of slices and as many of labels and trust fit: "device", "host" or "file"."""
     if device.type == "cuda" and 2 * size + NETWORK < torch.cuda.mem_get_info(device)[0]:
         return "device"
-    with open("/proc/meminfo") as file:  # what is free, and what the system keeps of files and can give up
+    with open("/proc/meminfo") as file:  # free memory and what the file cache can release
         available = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
     if 2 * size < 0.8 * 1024 * available / ON_THIS_HOST:
         return "device" if device.type == "cpu" else "host"
@@ -131,8 +131,8 @@ class PairBatch:
 class Pairs:
     """Pairs of frames of one slice: ED with any other frame, either way round.
 
-    Where the expert labels of ED and ES are both known, `labelled_share` of the pairs are these two, and of
-    the others as many as chance has it. Cases without any label take part with two frames at random.
+    If the expert labels of ED and ES are both known, `labelled_share` of the pairs are these two, plus any
+    that the random frame gives. Cases without any label contribute two random frames.
     """
 
     def __init__(self, store, labelled_share):
@@ -171,8 +171,8 @@ class LabelledSlices:
     """Slices with labels, expert or propagated.
 
     rows: (N,) of the store's images, the expert's first; labels: (N, S, S) uint8 and trust: (P + 1, S, S)
-    uint8, of the P propagated ones and, as row -1, the full trust of all others; both in the store's memory.
-    expert_share: of the slices drawn that are expert ones; 0: every slice is as likely.
+    uint8, of the P propagated ones and, in the last row, full trust for all others; both in the store's
+    memory. expert_share: share of expert slices among those drawn; 0: all slices are equally likely.
     """
 
     def __init__(self, store, propagated=None, expert_share=0.0):
@@ -204,7 +204,7 @@ class LabelledSlices:
         propagated = len(self) - self.expert
         if self.expert_share > 0 and propagated:
             chance = torch.rand(2, batch_size, generator=generator)
-            # rounded down before they are added: the sum of floats could round up to len(self)
+            # rounded down before adding: the sum of floats could round up to len(self)
             one, other = ((chance[1] * count).long() for count in (self.expert, propagated))
             which = torch.where(chance[0] < self.expert_share, one, self.expert + other)
         which = share(which)

@@ -1,14 +1,14 @@
 """The one training loop that both networks share.
 
-A task brings
+A task provides
 
     network         what is trained
-    draw(step)      this process's share of what step `step` (from 0) is trained on; by (seed, step) alone
+    draw(step)      this process's share of the batch of step `step` (from 0); depends only on (seed, step)
     losses(batch)   a dict of scalar tensors: "loss" is minimised, the others are logged
     validate()      a dict of numbers: "val_loss" drives the schedule, the largest "score" picks best.pt
 
-The loop brings Adam, the plateau schedule, mixed precision, checkpoints, resume, the log and the way out when
-it is interrupted.
+The loop provides Adam, the plateau schedule, mixed precision, checkpoints, resuming, the log and a clean exit
+when it is interrupted.
 """
 
 import contextlib
@@ -28,27 +28,27 @@ from cardiac.files import InputError, made_by, replacing, write_bytes, write_csv
 from cardiac.networks import mixed_precision
 from cardiac.run import amend_config, deferred_signals
 
-READ_EVERY = 20  # steps between two looks at the losses: each look waits for the device
-SAVE_EVERY = 60  # seconds of work that a kill may cost at most
-BEST_BEFORE = ".best.pt"  # of whole epochs, while that of a part of one has its place
+READ_EVERY = 20  # steps between two reads of the losses: each read waits for the device
+SAVE_EVERY = 60  # seconds of work that a kill may cost, at most
+BEST_BEFORE = ".best.pt"  # that of whole epochs, while a partial epoch's is best.pt
 HELP = "last.pt is older; a lower --lr may help (with --overwrite)"
 
 
 def fit(task, settings, folder, device, outcome="curves.png"):
-    """Train `task.network` for `settings.total_steps` steps, on from `folder`/last.pt where there is one.
+    """Train `task.network` for `settings.total_steps` steps, resuming from `folder`/last.pt if it exists.
 
     Writes last.pt, best.pt and log.csv there. On the CPU a resumed run equals an uninterrupted one bit for
-    bit. outcome: the file that the script writes last; it is removed when training goes on. Returns whether
-    it is still to be made, in the first of several processes (`parallel.py`), which alone validates and
+    bit. outcome: the file that the script writes last; it is removed when training resumes. Returns whether
+    it is still to be written, in the first of several processes (`parallel.py`), which alone validates and
     writes. Raises InputError when the loss is no longer finite; last.pt is from before that.
     """
     first, total = parallel.RANK == 0, settings.total_steps
     run = Run(task, settings, folder, device)
     progress = run.progress
-    if first and progress.step > total:  # config.json tells what a run was trained with
+    if first and progress.step > total:  # config.json records what a run was trained with
         amend_config(folder, max_steps=progress.step)
     if run.finished:
-        print(f"{folder}: finished at step {progress.step}; a larger --max-steps or --epochs goes on")
+        print(f"{folder}: finished at step {progress.step}; a larger --max-steps or --epochs continues it")
         return first and not (folder / outcome).exists()
     (folder / outcome).unlink(missing_ok=True)
     meter = run.begin()
@@ -56,7 +56,7 @@ def fit(task, settings, folder, device, outcome="curves.png"):
     profiler = profile_steps(folder, device, meter.bar) if profiling else contextlib.nullcontext()
     with deferred_signals() as leave_if_asked, meter.bar, profiler:
         while not run.finished:
-            if progress.step < total:  # else interrupted within an epoch, which is now to end there
+            if progress.step < total:  # else it had stopped within an epoch, which now ends there
                 run.step()
                 if profiling:
                     profiler.step()
@@ -64,7 +64,7 @@ def fit(task, settings, folder, device, outcome="curves.png"):
                 run.end_epoch()
             elif time.perf_counter() - meter.saved > SAVE_EVERY:
                 run.save()
-            if first:  # the others would leave it alone in the middle of a step
+            if first:  # others that leave would abandon it in mid-step
                 leave_if_asked(run.save)
     row = progress.rows[-1]
     print(f"{row['samples_per_second']:.0f} samples/s in the last epoch, {row['waiting_percent']:.1f} % of "
@@ -73,7 +73,7 @@ def fit(task, settings, folder, device, outcome="curves.png"):
 
 
 class Run:
-    """A network in training: what Adam, the schedule and the average know, how far it is, and its files."""
+    """A network in training, with its optimiser, schedule, weight average, progress and files."""
 
     def __init__(self, task, settings, folder, device):
         self.task, self.settings, self.folder, self.device = task, settings, folder, device
@@ -81,15 +81,15 @@ class Run:
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=settings.lr, fused=True)
         self.schedule = ReduceLROnPlateau(self.optimizer, factor=0.1, patience=settings.patience)
         self.average = WeightAverage(self.network, settings.averaging)
-        names = ("network", "optimizer", "schedule", "average")  # of a checkpoint, beside the progress
+        names = ("network", "optimizer", "schedule", "average")  # in a checkpoint, besides the progress
         self.parts = {name: getattr(self, name) for name in names}
         self.progress = Progress()
         if (folder / "last.pt").exists():
             self.progress = restore(folder / "last.pt", device, **self.parts)
             best = folder / "best.pt"
             if self.progress.rows and not best.exists():
-                anew = f"{made_by(best)} --overwrite trains anew"
-                raise InputError(f"{best}: missing; put it back, or {anew}")
+                anew = f"{made_by(best)} --overwrite retrains it"
+                raise InputError(f"{best}: missing; restore it, or {anew}")
 
     @property
     def finished(self):
@@ -101,14 +101,14 @@ class Run:
         """Start the clock; returns the `Meter`."""
         progress, settings = self.progress, self.settings
         if progress.step:
-            print(f"{self.folder / 'last.pt'}: going on from step {progress.step}", flush=True)
-        # the last epoch of a run that --max-steps cut short goes on as if it had not been validated
+            print(f"{self.folder / 'last.pt'}: resuming from step {progress.step}", flush=True)
+        # an epoch that --max-steps cut short is resumed as if it had not been validated
         progress.rows = [row for row in progress.rows if row["step"] % settings.steps_per_epoch == 0]
         scores = [row["score"] for row in progress.rows if not math.isnan(row["score"])]
         progress.best = max(scores, default=-math.inf)
         self.meter = Meter(progress, settings.total_steps, settings.batch_size, self.device)
         if parallel.RANK == 0 and (self.folder / BEST_BEFORE).exists():
-            self.save()  # first: killed in between, last.pt no longer tells of the part of an epoch
+            self.save()  # first: if killed in between, last.pt no longer includes the partial epoch
             os.replace(self.folder / BEST_BEFORE, self.folder / "best.pt")
         return self.meter
 
@@ -130,7 +130,7 @@ class Run:
     def end_epoch(self):
         """Validate, log, adapt the learning rate and save.
 
-        Where --max-steps ends a run within an epoch, the rate and the best of whole epochs stay for later.
+        If --max-steps ends a run within an epoch, the rate and best.pt of whole epochs are kept for resuming.
         """
         progress, settings = self.progress, self.settings
         whole = progress.step % settings.steps_per_epoch == 0
@@ -142,7 +142,7 @@ class Run:
             self.schedule.step(scores["val_loss"])
             self.meter.restart()
         best = self.folder / "best.pt"
-        if scores["score"] > progress.best or not best.exists():  # NaN is neither; there is none at first
+        if scores["score"] > progress.best or not best.exists():  # never for NaN; at first there is none
             if parallel.RANK == 0 and not whole and len(progress.rows) > 1:
                 write_bytes(self.folder / BEST_BEFORE, best.read_bytes())
             progress.best = max(progress.best, scores["score"])
@@ -159,46 +159,46 @@ class Run:
             return self.task.validate()
 
     def save(self, name="last.pt"):
-        """Write a checkpoint, in the first process; InputError rather than weights that are not finite."""
+        """Write a checkpoint, only in the first process; InputError if the weights are not finite."""
         if parallel.RANK:
             return
         self.meter.read()
         if not all(weight.isfinite().all() for weight in self.network.parameters()):
             raise InputError(f"the weights are not finite after step {self.progress.step}; {HELP}")
-        parts = self.parts if name == "last.pt" else {"network": self.network}  # best.pt is not trained on
+        parts = self.parts if name == "last.pt" else {"network": self.network}  # best.pt is never resumed
         state = {part: value.state_dict() for part, value in parts.items()}
         write_checkpoint(self.folder / name, {**state, "progress": dataclasses.asdict(self.progress)})
         self.meter.saved = time.perf_counter()
 
 
 class WeightAverage:
-    """Running average of weights and batch statistics (Polyak & Juditsky, 1992); none where decay is 0.
+    """Running average of weights and batch statistics (Polyak & Juditsky, 1992); off if decay is 0.
 
-    It is the average that is validated and kept as best.pt: it generalises as after a learning rate cut.
+    The average is validated and kept as best.pt: it generalises like weights after a cut in learning rate.
     """
 
     def __init__(self, network, decay):
         self.network, self.decay, self.average, self._pairs = network, decay, {}, None
 
     def update(self, step):
-        """Count the weights after `step` steps; the decay grows, to forget the start sooner."""
+        """Include the weights after `step` steps; the decay grows with them, to forget the start sooner."""
         if not self.decay:
             return
-        if not self._pairs:  # of the tensors themselves, which stay where they are
+        if not self._pairs:  # the tensors themselves, which stay where they are
             current = self.network.state_dict()
             self.average = self.average or {name: value.clone() for name, value in current.items()}
             pairs = [(self.average[name], value) for name, value in current.items()]
             kinds = ([p for p in pairs if p[0].is_floating_point() == real] for real in (True, False))
             self._pairs = [list(zip(*pairs)) for pairs in kinds]
         weights, counts = self._pairs
-        # one launch for all, not one a tensor
+        # one launch for all, not one per tensor
         torch._foreach_lerp_(*weights, 1 - min(self.decay, step / (step + 10)))
         if counts:
             torch._foreach_copy_(*counts)
 
     @contextlib.contextmanager
     def applied(self):
-        """Put the average in the network for the block, where there is one."""
+        """Put the average, if there is one, into the network for the block."""
         if not self.average:
             yield
             return
@@ -210,18 +210,18 @@ class WeightAverage:
             self.network.load_state_dict(current)
 
     def state_dict(self):
-        """For the checkpoint."""
+        """State for the checkpoint: {name: tensor}."""
         return self.average
 
     def load_state_dict(self, state):
-        """From the checkpoint."""
+        """From the checkpoint; ValueError if of another network."""
         if state and state.keys() != self.network.state_dict().keys():
             raise ValueError("the average is of another network")
         self.average, self._pairs = dict(state), None
 
 
 class Meter:
-    """Sums of the losses on the device, clock, progress bar, and watch for a loss that is not finite."""
+    """Sums of the losses on the device, timing, progress bar, and detection of a loss that is not finite."""
 
     def __init__(self, progress, total, batch_size, device):
         self.progress, self.batch_size, self.device = progress, batch_size, device
@@ -232,7 +232,7 @@ class Meter:
         self.first_step = self.epoch_step = progress.step
         self.waits = []
         if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)  # that of a network trained before
+            torch.cuda.reset_peak_memory_stats(device)  # not that of a network trained before
 
     @contextlib.contextmanager
     def waiting(self):
@@ -243,7 +243,7 @@ class Meter:
         self.waits.append((begun, self._now()))
 
     def _now(self):
-        """Seconds; a card's own time, which the processor runs ahead of, as an event to be read later."""
+        """Time in seconds; on a GPU, which the CPU runs ahead of, an event to be read later."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -251,7 +251,7 @@ class Meter:
         return event
 
     def add(self, losses):
-        """Count the losses of a step on the device; look at them every READ_EVERY steps."""
+        """Add a step's losses to the sums on the device; read them every READ_EVERY steps."""
         step = torch.full((), float(self.progress.step), device=self.device)  # no copy from the host: no wait
         self.first_bad = torch.where(losses["loss"].isfinite(), self.first_bad, self.first_bad.minimum(step))
         sums = self.progress.sums
@@ -275,7 +275,7 @@ class Meter:
                            f"{speed:.0f} samples/s, peak memory {memory:.1f} GB")
 
     def read(self):
-        """Bring the sums to `progress`; returns the means over the running epoch. Waits for the device."""
+        """Bring the sums to `progress`; returns the means over the current epoch. Waits for the device."""
         if math.isfinite(self.first_bad.item()):
             raise InputError(f"the loss is not finite from step {int(self.first_bad.item())} on; {HELP}")
         now = time.perf_counter()
@@ -290,7 +290,7 @@ class Meter:
         self.names, self.sums, self.progress.sums = (), None, {}
 
     def timing(self):
-        """Columns of log.csv since the last call, seconds of all: the only ones that equal runs differ in."""
+        """Timing columns of log.csv since the last call (`seconds` in all): all that equal runs differ in."""
         now = time.perf_counter()
         seconds, steps = now - self.epoch_clock, self.progress.step - self.epoch_step
         on_card = self.device.type == "cuda"
@@ -301,7 +301,7 @@ class Meter:
         return row
 
     def show(self, scores):
-        """Losses of the running epoch and scores of the last validation, on the progress bar."""
+        """Losses of the current epoch and scores of the last validation, on the progress bar."""
         self.scores = scores or self.scores
         sums = dict(self.progress.sums)
         steps = sums.pop("steps", 1)
@@ -319,7 +319,7 @@ def _duration(minutes):
 def profile_steps(folder, device, bar):
     """A profiler of five steps, a few after the start; writes `folder`/trace.json and prints what takes time.
 
-    To be called `.step()` once a step. The trace is for chrome://tracing or https://ui.perfetto.dev.
+    Its `.step()` is to be called once per step. The trace is for chrome://tracing or https://ui.perfetto.dev.
     """
 
     def report(profiler):
@@ -331,7 +331,7 @@ def profile_steps(folder, device, bar):
 
     steps = torch.profiler.schedule(wait=3, warmup=2, active=5, repeat=1)
     kinds = torch.profiler.ProfilerActivity
-    watched = [kinds.CPU, kinds.CUDA] if device.type == "cuda" else [kinds.CPU]  # else it looks for a card
+    watched = [kinds.CPU, kinds.CUDA] if device.type == "cuda" else [kinds.CPU]  # or it looks for a GPU
     return torch.profiler.profile(activities=watched, schedule=steps, on_trace_ready=report, acc_events=True)
 
 

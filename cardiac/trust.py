@@ -1,9 +1,9 @@
-"""How far propagated labels may be trusted: fusion of ED's and ES's, trust of every pixel, checks of slices.
+"""How far propagated labels can be trusted: fusion of ED's and ES's, trust per pixel, checks per slice.
 
-Both ends of an interval have an expert label. Carried to a frame between, the two are guesses that know
-little of each other: where they agree they are likely right, and where not, the nearer one more likely than
-the other. An image that does not fit after warping, and a round trip that misses, tell the rest: two
-fields that do nothing would agree as well, but there the image does not fit.
+Both ends of an interval have an expert label. Carried to a frame in between, they are two nearly independent
+guesses: probably right where they agree; where they differ, the one nearer in time is more likely right. The
+image difference after warping and the round trip tell the rest: two zero displacements would agree as well,
+but then the images do not match.
 """
 
 from itertools import compress
@@ -14,34 +14,34 @@ import torch.nn.functional as F
 from cardiac import LABELS
 from cardiac.losses import one_hot
 
-RULES = 7  # labels.h5 that older rules made is made again
-# Image difference, of the case's intensity window, at which a label is right e times less often than where
-# there is none; `experiments/trust_scales.py` finds the likeliest.
+RULES = 7  # version of the rules: older labels.h5 are redone
+# Image difference, as a share of the case's intensity window, at which a label is right e times less often
+# than without any; `experiments/trust_scales.py` finds the maximum-likelihood value.
 RESIDUAL = 1.5
-FOLDING_PERCENT = 0.5  # of the pixels near the heart: more, and a slice is dropped
-OPEN_SHARE = 0.05  # of the LV's border that may touch what is not myocardium and still count as enclosed
-WALL_CHANGE, LV_CHANGE = 0.15, 0.15  # of the area: off its interpolation, off its neighbours in time
-LEAST_MM2 = 40.0  # areas differ by that much without being wrong
-# How often the outermost slice of ED's LV, MYO and RV has lost it at ES; of 70 patients of ACDC.
+FOLDING_PERCENT = 0.5  # of the pixels near the heart; a slice with more is dropped
+OPEN_SHARE = 0.05  # largest share of an enclosed LV's border that is not myocardium
+WALL_CHANGE, LV_CHANGE = 0.15, 0.15  # tolerated area change: off interpolation, off neighbours in time
+LEAST_MM2 = 40.0  # tolerated on top of both
+# How often the outermost slice with LV, MYO, RV at ED has none at ES, in 70 patients of ACDC.
 GONE_AT_ES = {"base": (0.26, 0.26, 0.73), "apex": (0.30, 0.20, 0.43)}
 
 
 def fuse(carried, nearness):
-    """The labels that one or two expert phases give to the frames between, and their trust.
+    """Fuse the labels carried from one or two expert phases to the frames in between, with their trust.
 
     carried: {phase: `propagation.Carried`}; nearness: {phase: (F,)} from 1 at that phase to 0 at the other.
-    Returns regions (F, Z, 3, S, S), trust (F, Z, S, S) in [0, 1] and sources, {phase: (F, Z) bool}: the
-    phases that a slice has its label from.
+    Returns regions (F, Z, 3, S, S), trust (F, Z, S, S) in [0, 1] and sources, {phase: (F, Z) bool}: whether a
+    slice has its label from that phase.
 
-    A slice that both phases show takes both. One that only one of two known phases shows (the base leaves it
-    at an unknown time) takes that phase's label only in the half of the interval nearer to it, and only until
-    the frames look more like the other phase's image (`_still_shown`); its trust falls with time. Where ES is
-    not known, a region's share in its outermost slices shrinks with the chance that the heart's shortening
-    has drawn it out of the slice by then (`left_behind`): where that is likelier than not, it becomes
-    background; a slice that shows nothing else has no label left (`faults`).
+    A slice labelled at both phases uses both. One labelled at only one of two known phases (the base leaves
+    it at an unknown time) uses that phase's label only in the nearer half of the interval, and only until the
+    frames look more like the other phase's image (`_still_shown`); its trust falls with time. If ES is
+    unknown, a region's share in its outermost slices shrinks with the probability that the heart's shortening
+    has drawn it out of the slice by then (`left_behind`): above one half, it becomes background; a slice that
+    shows nothing else has no label left (`faults`).
 
-    A pixel's trust is the share of its label among the guesses, times how well they fit: the image difference
-    that is left, and the Dice of the slice's label with itself after the round trip.
+    A pixel's trust is the share of its label among the guesses, times how well they fit: by the image
+    difference after warping, and by the slice's Dice with itself after the round trip.
     """
     sources = {phase: each.present.expand(len(each.regions), -1) for phase, each in carried.items()}
     if len(carried) == 2:
@@ -65,23 +65,23 @@ def fuse(carried, nearness):
     fit = sum(weights[phase] * fits[phase] for phase in carried) / total
     trust = fit * torch.maximum(regions.amax(2), 1 - regions.sum(2))
     if len(carried) == 2:
-        still_there = sum(sources[phase] * nearness[phase][:, None] for phase in carried)  # alone: the base
+        still_there = sum(sources[phase] * nearness[phase][:, None] for phase in carried)  # one source: base
         trust = trust * torch.where(sources["ED"] & sources["ES"], 1, still_there)[..., None, None]
     return regions, trust, sources
 
 
 def base_first(pixels):
-    """Whether a stack begins at the base, the half where the label is larger, by its (Z, 3) pixels at ED."""
+    """Whether a stack begins at the base, its half with more label, by the pixels (Z, 3) of regions at ED."""
     total = [sum(row) for row in pixels if any(row)]
     half = len(total) // 2
     return sum(total[:half]) >= sum(total[len(total) - half :])
 
 
 def left_behind(pixels):
-    """The chance (Z, 3) that a slice that shows a region at ED has lost it at ES, of their pixels (Z, 3).
+    """The probability (Z, 3) that a slice with a region at ED has lost it at ES; pixels: (Z, 3) at ED.
 
-    The base descends by one to two slices, and the apex of the cavities closes. Regions of one or two slices
-    are left alone: of a short stack nothing would remain.
+    The base descends by one to two slices, and the cavities close at the apex. Regions in only one or two
+    slices are left alone: of a short stack nothing would remain.
     """
     counts, gone = pixels.tolist(), torch.zeros(pixels.shape)
     ends = ("base", "apex") if base_first(counts) else ("apex", "base")
@@ -94,11 +94,11 @@ def left_behind(pixels):
 
 
 def _still_shown(own, other, nearness):
-    """Where (F, Z) a slice still shows what a phase has carried there, and not yet what the other shows.
+    """Whether (F, Z) a slice still shows what it did at phase `own`, and not yet what it does at the other.
 
-    The base leaves a slice once: up to some frame the image within the label is better explained by this
-    phase's image, from then on by the other's: the change is put where the evidence of all frames before it
-    is largest. Images are warped by the network alone, since a refined velocity explains anything.
+    The base leaves a slice once: up to some frame the image within the label is explained better by this
+    phase's image, from then on by the other's. The change is put where the evidence of all frames before it
+    is largest. Images are warped by the network alone, since a refined velocity can explain anything.
     """
     evidence = ((other.unrefined - own.unrefined) * own.regions.sum(2)).sum((-2, -1))
     order = nearness.argsort(descending=True)  # away from the phase
@@ -108,10 +108,10 @@ def _still_shown(own, other, nearness):
 
 
 def expected_dice(labels, trust):
-    """The Dice with the truth that is to be expected of labels, if `trust` is how likely a pixel is right.
+    """The expected Dice of labels with the truth, if `trust` is the probability that a pixel is right.
 
-    labels, trust: (F, Z, S, S). Returns (F, Z): the mean over the regions shown, NaN where there is none. A
-    region misses what the pixels beside it, which bear other labels, are in doubt about.
+    labels, trust: (F, Z, S, S). Returns (F, Z): the mean over the regions shown, NaN if there are none. A
+    region is expected to miss the pixels beside it, with other labels, to the degree that those are doubtful.
     """
     regions, trust = one_hot(labels.flatten(0, -3)), trust.flatten(0, -3)[:, None]
     area, right = regions.sum((-2, -1)), (regions * trust).sum((-2, -1))
@@ -127,7 +127,7 @@ def areas(labels, region, pixel_mm2):
 
 
 def enclosed(labels):
-    """Whether LV in labels (..., S, S) touches next to nothing but myocardium; False where there is none."""
+    """Whether LV in labels (..., S, S) borders almost only on myocardium; False if there is no LV."""
     lv, wall = (labels == LABELS[name] for name in ("LV", "MYO"))
     border = torch.zeros(labels.shape[:-2], device=labels.device)
     opened = torch.zeros_like(border)
@@ -139,14 +139,14 @@ def enclosed(labels):
 
 
 def faults(labels, ends, elapsed, folding, given_up, pixel_mm2):
-    """What is wrong with the labels (F, Z, S, S) of successive frames of an interval: a (F, Z) list of texts.
+    """What is wrong with labels (F, Z, S, S) of successive frames of an interval: (F, Z) texts, or "".
 
-    ends: the expert labels (Z, S, S) of the interval's start and end, None where they are not known; elapsed:
-    (F,) share of it that has passed; folding: (F, Z) percent; given_up: (F, Z) bool, slices whose label is no
-    longer taken by `fuse`. "" where nothing is.
+    ends: the expert labels (Z, S, S) of the interval's start and end, None if unknown; elapsed: (F,) share of
+    the interval that has passed; folding: (F, Z) percent; given_up: (F, Z) bool, slices whose label `fuse` no
+    longer uses.
     """
     known = torch.stack([end for end in ends if end is not None])
-    closed = enclosed(known) | ~(known == LABELS["LV"]).flatten(2).any(2)  # an end without LV does not object
+    closed = enclosed(known) | ~(known == LABELS["LV"]).flatten(2).any(2)  # an end without LV is no objection
     source_closed = closed.all(0) & enclosed(known).any(0)
     there = (labels > 0).flatten(2).any(2) & ~given_up
     found = {
@@ -169,6 +169,6 @@ def faults(labels, ends, elapsed, folding, given_up, pixel_mm2):
 
 
 def names_of(masks, between):
-    """The names of the masks {name: (F, Z) bool} that hold, in one text each: a (F, Z) list."""
+    """The names of the masks {name: (F, Z) bool} that are True, joined in one text each: an (F, Z) list."""
     holding = torch.stack(list(masks.values()), -1).tolist()
     return [[between.join(compress(masks, flags)) for flags in frame] for frame in holding]

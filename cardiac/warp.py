@@ -7,7 +7,7 @@ points from the fixed grid into the moving image:
     warped(x) = moving(x + displacement(x))
 
 so the labels of ED reach frame t with moving = ED and fixed = t. A velocity is stationary, has the same
-layout and is never used for warping; `integrate` makes a displacement of it. Pixel i of N lies at (2 i + 1) /
+layout and is never used for warping; `integrate` gives its displacement. Pixel i of N lies at (2 i + 1) /
 N - 1 (`align_corners=False`), for every resize and every `grid_sample`; `_normalised` is the one place where
 pixels become normalised coordinates. All of it runs in float32 outside autocast: a bfloat16 coordinate
 is off by up to a fifth of a pixel at 192 pixels.
@@ -36,7 +36,7 @@ def integrate(velocity, steps=7):
     inverse displacement is `integrate(-velocity)`.
     """
     with torch.autocast(velocity.device.type, enabled=False):
-        # once, not at every step: sampling commutes with it; as two planes, not as channels_last has it
+        # scaled once, not at every step: sampling commutes with that; as two planes, not channels_last
         u = _normalised(velocity.float().contiguous()) / 2**steps
         for _ in range(steps):
             u = u + _sample(u, u)
@@ -44,16 +44,16 @@ def integrate(velocity, steps=7):
 
 
 def compose(first, second):
-    """The displacement of x -> x + second(x) -> that + first(there); both (B, 2, H, W) in pixels.
+    """The displacement of x -> y + first(y) with y = x + second(x); both (B, 2, H, W) in pixels.
 
-    Warping by the result equals warping by `first` and the outcome by `second`, without the blur of two
+    Warping by the result equals warping by `first` and then by `second`, without the blur of two
     interpolations: warp(image, compose(first, second)) = warp(warp(image, first), second).
     """
     return second + warp(first, second)
 
 
 def resize_displacement(displacement, size):
-    """Bring a displacement (B, 2, h, w) to another grid of the same field of view, size = (H, W).
+    """Resample a displacement (B, 2, h, w) to another grid of the same field of view, size = (H, W).
 
     Its values are pixels, so they grow with the grid by H / h and W / w (`align_corners=False`).
     """
@@ -65,9 +65,9 @@ def resize_displacement(displacement, size):
 def remove_folds(velocity, size, passes=20):
     """The displacement (B, 2, H, W) of a velocity (B, 2, h, w), size = (H, W), with its folds smoothed away.
 
-    exp(v) never folds, but sampled on pixels it can, where v shrinks to next to nothing what the fixed slice
-    lacks. The velocity of a slice that folds is averaged over 3 x 3 pixels and integrated anew until it does
-    not, `passes` times at most. For inference: it asks the device whether one does.
+    exp(v) never folds, but sampled on pixels it can, where v shrinks what the fixed slice lacks to almost
+    nothing. The velocity of a slice that folds is averaged over 3 x 3 pixels and integrated again until it
+    does not, at most `passes` times. For inference: every pass waits for the device.
     """
     displacement = resize_displacement(integrate(velocity), size)
     for _ in range(passes):
@@ -83,8 +83,8 @@ def remove_folds(velocity, size, passes=20):
 def jacobian_determinant(displacement):
     """det(I + grad u) of a displacement (B, 2, H, W), by central differences: (B, H, W).
 
-    By how much a pixel of the fixed grid grows on its way into the moving image: where it is more than 1,
-    what is carried shrinks; 0 or less folds. It does not depend on the unit of either axis.
+    The factor by which a pixel of the fixed grid grows when mapped into the moving image: above 1, what is
+    carried shrinks; 0 or less is a fold. It does not depend on the unit of either axis.
     """
     du_dh, du_dw = torch.gradient(displacement.float(), dim=(-2, -1))
     return (1 + du_dh[:, 0]) * (1 + du_dw[:, 1]) - du_dw[:, 0] * du_dh[:, 1]
@@ -93,7 +93,7 @@ def jacobian_determinant(displacement):
 def _sample(image, offset, mode="bilinear"):
     """`image` (B, C, H, W) at x + offset(x), where the offset (B, 2, H, W) is `_normalised`; float32."""
     grid = _pixels(*offset.shape[-2:], offset.device)[0] + offset
-    with torch.no_grad():  # its gradient would take as long as that of the sampling
+    with torch.no_grad():  # a gradient here would cost as much as that of sampling
         # on the CPU the backward pass of `grid_sample` would read and write outside its tensors for NaN
         grid.nan_to_num_(nan=0.0)
     # the coordinates lie in memory as two planes, which are written and read faster than pairs
@@ -102,16 +102,16 @@ def _sample(image, offset, mode="bilinear"):
 
 
 def _normalised(displacement):
-    """A displacement in pixels, (along H, W), as `grid_sample` wants it: (along W, H), in half grids."""
+    """A displacement in pixels, (along H, W), as `grid_sample` wants it: (along W, H), in half grid sizes."""
     return displacement.flip(1) * _pixels(*displacement.shape[-2:], displacement.device)[1]
 
 
 def _in_pixels(offset):
-    """The way back from `_normalised`."""
+    """The inverse of `_normalised`."""
     return (offset / _pixels(*offset.shape[-2:], offset.device)[1]).flip(1)
 
 
-# a step asks for them ten times; on a GPU each would be many launches, or a copy that waits
+# used ten times per step; on a GPU each would take many launches, or a copy that waits
 @functools.lru_cache(16)
 def _pixels(height, width, device):
     """Normalised coordinates (1, 2, H, W), (along W, H), of a grid's pixels, and their step (1, 2, 1, 1)."""
@@ -122,5 +122,5 @@ def _pixels(height, width, device):
 
 @functools.lru_cache(16)
 def _growth(h, w, height, width, device):
-    """How many pixels of a grid (H, W) one of a grid (h, w) is, along both axes: (1, 2, 1, 1) float32."""
+    """Pixels of a grid (H, W) per pixel of a grid (h, w), along both axes: (1, 2, 1, 1) float32."""
     return torch.tensor([height / h, width / w], dtype=torch.float32, device=device).view(1, 2, 1, 1)

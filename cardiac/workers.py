@@ -14,10 +14,10 @@ SLOW = ("torch", "h5py", "nibabel", "scipy.ndimage", "scipy.sparse", "matplotlib
 
 @contextlib.contextmanager
 def worker_pool(workers, jobs):
-    """Give `run(function, argument_tuples)`, which yields the results in order, from several processes.
+    """Yield `run(function, argument_tuples)`, a generator of the results in order, from several processes.
 
-    workers: 0 for one a core. No more processes than jobs; with one, the work is done here. A worker ends
-    when its parent is killed, and at most two jobs a worker wait: memory does not grow with the cases.
+    workers: 0 for one per core. No more processes than jobs; with one, the work is done here. A worker ends
+    when its parent is killed, and at most two jobs per worker wait: memory does not grow with the cases.
     """
     count = min(workers or len(os.sched_getaffinity(0)), jobs)  # cores that this process may use
     if count <= 1:
@@ -47,7 +47,7 @@ def worker_pool(workers, jobs):
 
 
 def _end_with_parent():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent sees to it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent handles it
 
     def wait():
         multiprocessing.parent_process().join()

@@ -139,7 +139,7 @@ def test_skip_bad_goes_on_and_the_report_lists_the_case(trained_run, tmp_path, c
 
 def below_a_file(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    return tmp_path / "file" / "run", "is not a folder that can be written to"
+    return tmp_path / "file" / "run", "is not a writable folder"
 
 
 def no_room(tmp_path):
@@ -191,7 +191,7 @@ def test_fewer_steps_than_there_were_change_nothing(run, module, capsys):
     assert snapshot(run.out) == before, "config.json tells what the run was trained with"
     said = capsys.readouterr().out
     assert "finished at step 4" in said
-    assert "going on" not in said
+    assert "resuming" not in said
 
 
 # --------------------------------------------------------------------------------- runs that are not this one
@@ -220,7 +220,7 @@ def test_propagated_labels_of_other_cases_are_not_trained_on(run, refused, tmp_p
         mine, run.data = run.data, write_mms(tmp_path / "other", [Tiny("X0"), Tiny("X1", "Testing")])
         assert run(propagate_labels, "--overwrite") == 0
         run.data = mine
-    refused(run(train_segmentation), "labels.h5", "other cases of Training", "run propagate_labels.py")
+    refused(run(train_segmentation), "labels.h5", "made from Training cases", "run propagate_labels.py")
     assert run(train_segmentation, "--labels", "original") == 0
     assert not (run.out / "segmentation" / "propagated").exists()
     assert run(propagate_labels, *(["--overwrite"] if change == "another dataset" else [])) == 0
@@ -232,7 +232,7 @@ def test_a_run_on_labels_that_were_mended_since_is_not_gone_on_with(run, refused
     assert run(propagate_labels) == 0, "made anew"
     before = snapshot(run.out)
     for module in (train_registration, train_segmentation):
-        refused(run(module, "--max-steps", 9), "changed or come since; use --overwrite or choose")
+        refused(run(module, "--max-steps", 9), "changed or been added; use --overwrite or choose")
     words = ["--labels", "propagated", "--overwrite"]
     refused(run(train_segmentation, *words), "segmentation/original", "use --labels both --overwrite")
     assert differences(before, snapshot(run.out)) == []
@@ -240,7 +240,7 @@ def test_a_run_on_labels_that_were_mended_since_is_not_gone_on_with(run, refused
     assert run(train_segmentation, *words, "--lr", 0.01) == 0
     assert run(evaluate) == 0
     caption = (run.out / "evaluation" / "table.md").read_text()
-    assert "BESIDES THEIR LABELS THE NETWORKS DIFFER IN lr (0.001, 0.01)." in caption
+    assert "BESIDES THEIR LABELS, THE NETWORKS DIFFER IN lr (0.001, 0.01)." in caption
     config = run.out / "segmentation" / "propagated" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "cases": "others"}))
     capsys.readouterr()
@@ -276,7 +276,7 @@ def test_a_validation_that_has_gone_does_not_change_what_is_trained_on(run, refu
     before = snapshot(run.out)
     shutil.rmtree(run.data / "Validation")
     for module in (train_registration, train_segmentation):
-        refused(run(module, "--max-steps", "9"), "validated on cases of Validation, which are not there now")
+        refused(run(module, "--max-steps", "9"), "validated on cases of Validation, which are now missing")
     assert differences(before, snapshot(run.out)) == []
     assert run(evaluate) == 0
     assert "2 patients" in (run.out / "evaluation" / "table.md").read_text()
@@ -328,7 +328,7 @@ def test_a_damaged_config_names_the_script_that_makes_its_run_anew(
 ):
     config = run.out / place / "config.json"
     config.write_text(text)
-    advice = " ".join([f"{writer.__name__}.py", *words, "--overwrite makes it anew"])
+    advice = " ".join([f"{writer.__name__}.py", *words, "--overwrite redoes it"])
     refused(run(reader), config, f"; {advice}")
     assert run(writer, *words, "--overwrite") == 0
     assert run(reader) == 0
@@ -365,8 +365,8 @@ def test_a_pickle_is_not_executed(run, refused, tmp_path, monkeypatch, module, n
 def test_a_missing_best_checkpoint_is_said_and_not_passed_over(run, refused, capsys):
     best = run.out / "segmentation" / "original" / "best.pt"
     best.unlink()
-    anew = "train_segmentation.py --labels original --overwrite trains anew"
-    refused(run(train_segmentation), best, f"missing; put it back, or {anew}")
+    anew = "train_segmentation.py --labels original --overwrite retrains it"
+    refused(run(train_segmentation), best, f"missing; restore it, or {anew}")
     assert run(evaluate) == 0
     assert "original: not finished" in capsys.readouterr().out
 
@@ -377,7 +377,7 @@ def test_a_checkpoint_that_unpacks_to_more_than_it_is(trained_run, tmp_path):
         for part in good.infolist():
             bad.writestr(part.filename, good.read(part))
     assert torch.load(packed, weights_only=True)["progress"], "torch itself would unpack it"
-    with pytest.raises(InputError, match="unpacks to more than it is"):
+    with pytest.raises(InputError, match="unpacks to more than its size"):
         read_checkpoint(packed, torch.device("cpu"))
     assert read_checkpoint(source, torch.device("cpu"))
 
@@ -519,9 +519,9 @@ def process(module, *words):
 
 PROCESSES = [
     (train_registration, ["--size", "100"], "--size 100"),
-    (propagate_labels, [], "best.pt: there is no such checkpoint; run train_registration.py before"),
-    (train_segmentation, [], "there are no propagated labels; run propagate_labels.py before"),
-    (evaluate, [], "no finished model; run train_segmentation.py before"),
+    (propagate_labels, [], "best.pt: there is no such checkpoint; run train_registration.py first"),
+    (train_segmentation, [], "there are no propagated labels; run propagate_labels.py first"),
+    (evaluate, [], "no finished model; run train_segmentation.py first"),
 ]
 
 

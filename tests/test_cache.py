@@ -324,7 +324,7 @@ def test_a_run_keeps_its_slices_when_another_builds_other_ones(data, tmp_path, o
     assert later.path == cache.path
     assert not np.array_equal(first_slices(later), before)
     np.testing.assert_array_equal(first_slices(cache), before)
-    with pytest.raises(InputError, match="MnM.h5: another run has just built it anew"):
+    with pytest.raises(InputError, match="MnM.h5: another run has just rebuilt it"):
         pickle.loads(pickled)
 
 
@@ -415,12 +415,12 @@ def test_who_was_held_out_stays_held_out_when_a_validation_comes(capsys):
     before = split(*patients)
     assert split(*patients, *came, held_out=before[1]) == [*before[:2], ["VC"]]
     assert split(*patients, *came, held_out=[]) == split(*patients, *came), "none were"
-    with pytest.raises(InputError, match="validated on cases of Validation, which are not there now"):
+    with pytest.raises(InputError, match="validated on cases of Validation, which are now missing"):
         split(*patients, held_out=[])
-    with pytest.raises(InputError, match="--held-out VA: no labelled case of Training"):
+    with pytest.raises(InputError, match="--held-out VA: not a labelled case of Training"):
         split(*patients, *came, held_out=["T1", "VA"])
     hidden = dataclasses.replace(patients[0], withheld=(None,))
-    with pytest.raises(InputError, match="--held-out T0: --labelled-cases withholds the labels of this one"):
+    with pytest.raises(InputError, match="--held-out T0: --labelled-cases withholds its labels"):
         split(hidden, *patients[1:], held_out=["T0", "T1"])
 
 

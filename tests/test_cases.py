@@ -107,7 +107,7 @@ HEADER_FAULTS = [
     ("image RGB", lambda r: edit_header(files(r)[0], 70, "h", 128, 24), "RGB"),
     ("image complex", lambda r: edit_header(files(r)[0], 70, "h", 32, 64), "complex64"),
     ("terabytes", lambda r: edit_header(files(r)[0], 40, "h", 4, 9999, 9999, 999, 9), "header claims 1,674"),
-    ("too large", lambda r: edit_header(files(r)[0], 40, "h", 4, 999, 999, 99, 4), "truncated, or a wrong"),
+    ("too large", lambda r: edit_header(files(r)[0], 40, "h", 4, 999, 999, 99, 4), "truncated, or wrong"),
     ("spacing zero", lambda r: edit_header(files(r)[0], 80, "f", 0), "spacing 0 x 1.3 x 9 is not positive"),
     ("spacing negative", lambda r: edit_header(files(r)[0], 84, "f", -1.3), "1.4 x -1.3 x 9 is not positive"),
     ("spacing NaN", lambda r: edit_header(files(r)[0], 88, "f", np.nan), "1.4 x 1.3 x nan is not positive"),
@@ -386,7 +386,7 @@ def test_check_says_where_nothing_can_be_propagated(tmp_path, capsys):
     write_acdc(tmp_path, shape=(40, 36, 3, 2), es=1)
     assert check(["--data", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "0 frames between ED and ES; ED has the higher number in 0\n" in out
+    assert "0 frames between ED and ES; ED comes after ES in 0\n" in out
     assert "nothing to propagate to, unless --labelled-phases" in out
 
 
@@ -421,7 +421,7 @@ def test_spacing_is_in_mm_whatever_the_header_counts_in(tmp_path, unit, mm):
 
 @pytest.mark.parametrize("zooms", [(0.02, 2, 8), (1.5, 0.03, 8), (51, 2, 8), (1.5, 67, 8)])
 def test_slices_of_less_than_a_mm_or_more_than_two_metres_are_refused(tmp_path, zooms):
-    with pytest.raises(InputError, match="mend its header"):
+    with pytest.raises(InputError, match="fix its header"):
         spacing_read(tmp_path / "image.nii", zooms)
 
 

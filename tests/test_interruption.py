@@ -500,8 +500,8 @@ def process(stage, number, at):
 
 KILLS = [
     ("propagation", signal.SIGKILL, 5, -signal.SIGKILL, ""),
-    ("segmentation", signal.SIGTERM, 5, 143, "terminated; the same command goes on from here"),
-    ("evaluation", signal.SIGINT, 9, 130, "interrupted; the same command goes on from here"),
+    ("segmentation", signal.SIGTERM, 5, 143, "terminated; the same command resumes from here"),
+    ("evaluation", signal.SIGINT, 9, 130, "interrupted; the same command resumes from here"),
 ]
 
 

@@ -63,7 +63,7 @@ def test_a_batch_that_the_processes_cannot_share_is_one_line(tiny_data, tmp_path
     shared = torchrun("train_registration.py", *words)
     assert shared.returncode != 0
     lines = [line for line in shared.stderr.splitlines() if line.startswith("train_registration.py")]
-    assert lines == ["train_registration.py: --batch-size 5: 2 processes cannot share it in equal parts"]
+    assert lines == ["train_registration.py: --batch-size 5: 2 processes cannot share it equally"]
 
 
 @pytest.mark.parametrize(("card", "backends"), [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])

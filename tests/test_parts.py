@@ -107,7 +107,7 @@ def cases(tmp_path):
 
 def test_a_killed_run_goes_on_with_the_next_case(cases, tmp_path, capsys):
     assert cases.results(tmp_path) == ["C"]
-    assert capsys.readouterr().out == "going on: 2 of 3 cases are finished\n"
+    assert capsys.readouterr().out == "resuming: 2 of 3 cases are finished\n"
     assert cases.results(tmp_path) == []
 
 

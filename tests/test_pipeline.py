@@ -188,7 +188,7 @@ def test_train_more_and_the_table_follows(finished, tmp_path):
     assert evaluate.main(common) == 0
     assert (out / "evaluation" / "summary.json").read_text() != summary
     check_table(out, "dice", "table.csv")
-    unequal, table = "NOT TRAINED FOR EQUALLY MANY STEPS", out / "evaluation" / "table.md"
+    unequal, table = "TRAINED FOR DIFFERENT NUMBERS OF STEPS", out / "evaluation" / "table.md"
     assert unequal not in table.read_text()
     assert train_segmentation.main([*common, "--max-steps", "7", "--labels", "original"]) == 0
     assert evaluate.main(common) == 0

@@ -448,7 +448,7 @@ def test_an_unfinished_registration_is_told(run, capsys):
     words, out = run
     (out / "registration" / "quality.csv").unlink()
     assert propagate_labels.main(words) == 0
-    assert "not finished; its best weights so far, of step" in capsys.readouterr().out
+    assert "not finished; using its best weights so far, of step" in capsys.readouterr().out
 
 
 def test_frames_all_through_the_script(run):
@@ -507,7 +507,7 @@ def test_labels_of_another_registration_are_refused(run, capsys):
     assert train_segmentation.main([*words, "--max-steps", "5"]) == 0, "what has begun with them goes on"
     assert train_registration.main([*words, *SHORT, "--lr", "0.002", "--overwrite"]) == 0
     assert train_segmentation.main([*words, "--overwrite"]) == 2
-    assert "of another registration than OUT's; run propagate_labels.py" in capsys.readouterr().err
+    assert "from another registration than OUT's; run propagate_labels.py" in capsys.readouterr().err
     assert train_registration.main([*words, *SHORT, "--labelled-phases", "ED", "--overwrite"]) == 0
     assert train_segmentation.main([*words, "--overwrite"]) == 2
     assert "labelled_phases is both there, ED here; run propagate_labels.py" in capsys.readouterr().err
@@ -558,7 +558,7 @@ def test_without_validation_the_patient_held_out_may_be_the_only_one_of_a_vendor
     assert "unseen_dice" not in row
     assert evaluate.main([*words[:4], "--split", "Training", "--workers", "1"]) == 0
     caption = (tmp_path / "run" / "evaluation" / "table.md").read_text()
-    assert "TRAINED ON 1 OF THESE CASES. Cases that validation used" in caption
+    assert "TRAINED ON 1 OF THESE CASES. Some were used in validation" in caption
     assert "1 patient, of vendor" in caption
     assert "unlabelled" not in caption
 

@@ -102,7 +102,7 @@ def test_so_many_patients_keep_their_labels(tiny_data, tmp_path, capsys):
 
     capsys.readouterr()
     (kept,) = labelled(labelled_cases=1)
-    assert f"labels used: those of ED and ES; of Training, of {kept} alone\n" in capsys.readouterr().out
+    assert f"labels used: those of ED and ES; in Training, only those of {kept}\n" in capsys.readouterr().out
     shutil.copytree(tiny_data, tmp_path / "spoilt" / "MnM")
     for phase in ("ED", "ES"):
         spoil(tmp_path / "spoilt" / "MnM", phase, keep=(kept, "D1A1A1", "D2C2C2"))

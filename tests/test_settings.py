@@ -128,7 +128,7 @@ def test_a_contradiction_names_both_values_and_the_run(tmp_path, word, value, th
         later(RegistrationSettings, tmp_path, word, value, own=["registration"])
     assert f"{word} {value} contradicts {word} {there}" in str(caught.value)
     assert str(tmp_path / "registration") in str(caught.value)
-    assert "leave it away, start anew with --overwrite, or choose another --out" in str(caught.value)
+    assert "omit it, start over with --overwrite, or choose another --out" in str(caught.value)
 
 
 def test_a_contradiction_of_what_was_not_given_is_plain(tmp_path):
@@ -150,7 +150,7 @@ def test_runs_that_contradict_each_other_are_named_unless_the_later_one_is_made_
     anew = later(PropagationSettings, tmp_path, own=["propagation"], earlier=["registration"])
     assert (anew.size, anew.seed) == (48, 0)
     stored_run(tmp_path, "segmentation/propagated", SegmentationSettings, size=48)
-    with pytest.raises(InputError, match=r"contradicts .*make one of them anew with --overwrite"):
+    with pytest.raises(InputError, match=r"contradicts .*redo one of them with --overwrite"):
         later(EvaluationSettings, tmp_path, earlier=["segmentation/original", "segmentation/propagated"])
 
 
@@ -161,7 +161,7 @@ def test_each_u_net_goes_on_with_its_own_words(tmp_path):
     assert (alone.lr, alone.channels) == (0.5, 8), "so that what differs is the labels"
     words = ["--labels", "propagated", "--lr", "0.25"]
     assert later(SegmentationSettings, tmp_path, *words, own=folders).lr == 0.25, "unless it is typed"
-    with pytest.raises(InputError, match=r"--channels 4 contradicts --channels 8 of .*; leave it away or"):
+    with pytest.raises(InputError, match=r"--channels 4 contradicts --channels 8 of .*; omit it or"):
         later(SegmentationSettings, tmp_path, *words, "--channels", "4", "--overwrite", own=folders)
     stored_run(tmp_path, folders[1], SegmentationSettings, lr=0.25, channels=8)
     for name, lr in (("original", 0.5), ("propagated", 0.25)):
@@ -229,7 +229,7 @@ def test_overwrite_forgets_the_run_but_not_the_scripts_before(tmp_path):
     assert later(SegmentationSettings, tmp_path, **words).lr == 0.5
     anew = later(SegmentationSettings, tmp_path, "--overwrite", "--lr", "0.25", **words)
     assert (anew.lr, anew.size) == (0.25, 64)
-    with pytest.raises(InputError, match="contradicts .*; leave it away or begin with it in another --out"):
+    with pytest.raises(InputError, match="contradicts .*; omit it or use it with another --out"):
         later(SegmentationSettings, tmp_path, "--overwrite", "--size", "32", **words)
 
 
@@ -346,7 +346,7 @@ def test_a_script_run_too_early_names_what_is_missing(module, missing, tiny_data
     assert module.main(words) == 2
     line = capsys.readouterr().err
     assert missing in line
-    assert "before" in line
+    assert "first" in line
     assert "Traceback" not in line
 
 

@@ -81,7 +81,7 @@ def test_a_wider_registration_is_read_back_as_wide(tiny_data, tmp_path):
     config = read_json(path)
     network, _ = propagation.load_registration(out, torch.device("cpu"))
     assert network.network.velocity.in_channels == 32
-    for width, error in ((1, "another architecture"), ("2", "width 2 makes no sense"), (10**9, "no sense")):
+    for width, error in ((1, "another architecture"), ("2", "invalid width 2"), (10**9, "invalid width")):
         config["settings"]["width"] = width
         path.write_text(json.dumps(config))
         with pytest.raises(InputError, match=error):

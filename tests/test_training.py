@@ -343,7 +343,7 @@ def test_a_script_that_is_interrupted_says_how_to_go_on(tmp_path, capsys, number
     main = script(train_in_a_run)
     assert main(argv) == code
     line = capsys.readouterr().err.splitlines()[-1]
-    assert f"{word}; the same command goes on from here" in line
+    assert f"{word}; the same command resumes from here" in line
     assert ("without --overwrite" in line) == bool(argv), "with it the run would be removed"
     assert read_checkpoint(tmp_path / "registration" / "last.pt", CPU)["progress"]["step"] == 2
 
