@@ -18,7 +18,7 @@ from cardiac.propagation import made_from as labels_made_from
 from cardiac.run import cases_digest, choose_device, dataset_identity, describe, run_folder, script
 from cardiac.settings import EvaluationSettings, SegmentationSettings, parse
 
-SCORED_BY = ("all_frames", "largest_component", "mirrored")  # settings that scores depend on
+SCORE_SETTINGS = ("all_frames", "largest_component", "mirrored")  # settings that scores depend on
 
 
 @script
@@ -43,28 +43,15 @@ def main(argv):
     unknown = set(settings.view) - {case.code for case in cases}
     if unknown:
         raise InputError(f"--view {sorted(unknown)[0]}: no such case in {settings.split} of {settings.data}")
-    trained = {}
-    for model, (_, progress) in models.items():
-        config = read_json(settings.out / "segmentation" / model / "config.json")
-        config["settings"] = vars(SegmentationSettings()) | config["settings"]  # older runs have fewer
-        trained[model] = {"steps": progress.step, "best": progress.best, **config}
-    for name in ("dataset", "cases"):
-        if len({run[name] for run in trained.values() if run.get(name)}) > 1:
-            what = "the two networks were not trained on the same cases; train_segmentation.py --overwrite"
-            raise InputError(f"{settings.out / 'segmentation'}: {what} retrains both")
-    own = dataset_identity(cache.cases) == config["dataset"]
+    trained = training_runs(models, settings.out / "segmentation")
+    run = next(iter(trained.values()))  # what is used of it is the same for both
+    own = dataset_identity(cache.cases) == run["dataset"]
     if own:  # scored on all labels, but shown with those known in training
-        cache = withhold(cache, trained[list(models)[0]]["settings"])
+        cache = withhold(cache, run["settings"])
     place = "evaluation" if own else f"evaluation/{safe_name(cache.name)}"
     with run_folder(settings, place, cache.cases) as folder:
-        words = {name: getattr(settings, name) for name in ("split", *SCORED_BY)}
-        weights = {model: {"steps": p.step, "weights": weights_digest(n)} for model, (n, p) in models.items()}
-        made_from = {**words, "cases": cases_digest(cases), "models": weights}
         out = settings.out if own else None
-        shown = {"dataset": cache.name, "cases": cases_digest(cache.cases), "skipped": list(cache.skipped),
-                 "propagated": labels_made_from(out / "propagation" / "labels.h5") if own else None,
-                 "training": own and digest(*(p.read_bytes() for p in page.training_files(out).values())),
-                 "view": list(settings.view)}
+        made_from, shown = scores_inputs(settings, models, cases), report_inputs(settings, cache, out)
         summary = folder / "summary.json"
         done = read_json(summary) if summary.exists() else {}
         if done.get("made_from") != made_from:
@@ -82,6 +69,39 @@ def main(argv):
         write_json(summary, {"made_from": made_from, "shown": shown, **results.summary()})
 
 
+def training_runs(models, folder):
+    """{model: its "steps" and "best" score, and its config.json} of finished models, by runs in `folder`.
+
+    Raises InputError where they were not trained on the same cases.
+    """
+    runs = {}
+    for model, (_, progress) in models.items():
+        config = read_json(folder / model / "config.json")
+        config["settings"] = vars(SegmentationSettings()) | config["settings"]  # older runs have fewer
+        runs[model] = {"steps": progress.step, "best": progress.best, **config}
+    for name in ("dataset", "cases"):
+        if len({run[name] for run in runs.values() if run.get(name)}) > 1:
+            what = "the two networks were not trained on the same cases"
+            raise InputError(f"{folder}: {what}; train_segmentation.py --overwrite retrains both")
+    return runs
+
+
+def scores_inputs(settings, models, cases):
+    """What the scores depend on, for summary.json."""
+    used = {name: getattr(settings, name) for name in ("split", *SCORE_SETTINGS)}
+    weights = {model: {"steps": p.step, "weights": weights_digest(n)} for model, (n, p) in models.items()}
+    return {**used, "cases": cases_digest(cases), "models": weights}
+
+
+def report_inputs(settings, cache, out):
+    """What the report depends on besides the scores, for summary.json; out: as for `page.write_report`."""
+    training = page.training_files(out).values() if out else ()
+    return {"dataset": cache.name, "cases": cases_digest(cache.cases), "skipped": list(cache.skipped),
+            "propagated": labels_made_from(out / "propagation" / "labels.h5") if out else None,
+            "training": bool(out) and digest(*(path.read_bytes() for path in training)),
+            "view": list(settings.view)}
+
+
 def score(models, cache, cases, settings, device, folder):
     """Predict and score the cases with every model: writes predictions/ and cases.csv below `folder`."""
     rows, earlier = [], [*folder.glob("*_largest.csv"), *folder.glob("overlays_*.png")]
@@ -92,7 +112,7 @@ def score(models, cache, cases, settings, device, folder):
     for model, (network, progress) in models.items():
         print(f"{model}, {progress.step} steps: {len(cases)} cases of {settings.split} on {describe(device)}")
         predictions = folder / "predictions" / model
-        what = (getattr(settings, name) for name in ("size", "spacing", *SCORED_BY))
+        what = (getattr(settings, name) for name in ("size", "spacing", *SCORE_SETTINGS))
         parts = Parts(folder / PARTS / model, (weights_digest(network), *what))
         scored = evaluation.score_model(model, network, cache, cases, settings, device, predictions, parts)
         rows += tqdm(scored, model, total=6 * len(cases), unit="score")
@@ -107,19 +127,21 @@ def score(models, cache, cases, settings, device, folder):
 
 def write_results(folder, results):
     """Write tables and figures; print Table 1."""
-    columns = dict.fromkeys(("table", "table_paper"), evaluation.TABLE)
-    columns |= {name: getattr(evaluation, name.upper()) for name in ("clinical", "agreement", "comparison")}
-    for name, names in columns.items():
-        write_csv(folder / f"{name}.csv", names, getattr(results, name))
-    words = [text for text in (results.gain(), results.caption()) if text]
+    write_csv(folder / "table.csv", evaluation.TABLE, results.table)
+    write_csv(folder / "table_paper.csv", evaluation.TABLE, results.table_paper)
+    write_csv(folder / "clinical.csv", evaluation.CLINICAL, results.clinical)
+    write_csv(folder / "agreement.csv", evaluation.AGREEMENT, results.agreement)
+    write_csv(folder / "comparison.csv", evaluation.COMPARISON, results.comparison)
+    paragraphs = [text for text in (results.gain(), results.caption()) if text]
     cells = results.cells(results.table)
-    write_text(folder / "table.md", "\n\n".join([evaluation.aligned(cells, markdown=True), *words]) + "\n")
+    table = evaluation.aligned(cells, markdown=True)
+    write_text(folder / "table.md", "\n\n".join([table, *paragraphs]) + "\n")
     print("", evaluation.aligned(cells), "", sep="\n")
     if results.largest:
         write_csv(folder / "table_largest.csv", evaluation.TABLE, results.table_largest)
         cells = results.cells(results.table_largest)
         print("largest component of each region only:", evaluation.aligned(cells), "", sep="\n")
-    print(*words, sep="\n")
+    print(*paragraphs, sep="\n")
     report.draw_dice(folder / "dice.png", results)
     report.draw_bland_altman(folder / "bland_altman.png", results)
     report.draw_overlays(folder, results)

@@ -12,9 +12,9 @@ from cardiac.cases import load_labels
 from cardiac.checkpoint import weights_digest
 from cardiac.files import InputError, write_csv
 from cardiac.nifti import write_labels
-from cardiac.parts import PARTS, UNKEPT, Parts
+from cardiac.parts import NO_PARTS, PARTS, Parts
 from cardiac.preprocessing import most_likely, one_hot
-from cardiac.run import cases_digest, choose_device, describe, learnt_digest, run_folder, script
+from cardiac.run import cases_digest, choose_device, describe, run_folder, script, training_digest
 from cardiac.settings import PropagationSettings, parse
 from cardiac.slices import SliceStore
 
@@ -33,9 +33,9 @@ def main(argv):
     if not cases:
         raise InputError(f"{cache.root}: no case of Training has labels; there is nothing to propagate")
     rules = f"registration of step {trained.step}, {weights_digest(network)}, {settings.frames}, "
-    rules += f"{settings.recipe}, trust {trust.RULES if settings.trust else None}"
+    rules += f"{settings.recipe}, trust {trust.RULES_VERSION if settings.trust else None}"
     rules += f", refined {settings.refine}" if settings.refine else ""
-    made_from = f"{rules}, {cases_digest(cases)}, {learnt_digest(cases)}"
+    made_from = f"{rules}, {cases_digest(cases)}, {training_digest(cases)}"
     with run_folder(settings, "propagation", cache.cases) as folder:
         path = folder / "labels.h5"
         if propagation.made_from(path) == made_from:
@@ -59,7 +59,7 @@ def main(argv):
                 write_labels(target, on_own_grid(cache, case, propagated), case.image)
 
 
-def propagate(network, cache, cases, settings, device, parts=UNKEPT):
+def propagate(network, cache, cases, settings, device, parts=NO_PARTS):
     """Propagated labels of all `cases` (a `Propagated`) and the rows of quality.csv.
 
     parts: where the results of finished cases are kept.
@@ -99,8 +99,8 @@ def propagate_case(network, cache, case, settings, device):
     for start, end, frames in propagation.intervals(case, settings.frames):
         if not frames:
             continue
-        rules = settings.trust, settings.refine
-        found = propagation.propagate_interval(network, store, start, end, frames, *rules)
+        options = settings.trust, settings.refine
+        found = propagation.propagate_interval(network, store, start, end, frames, *options)
         kept = np.zeros(found.confidence.shape, bool)
         for f, z in np.ndindex(kept.shape):
             kept[f, z] = found.source[f][z] and not found.fault[f][z]

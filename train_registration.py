@@ -53,11 +53,11 @@ class Registration:
             "smooth": losses.diffusion(velocity),
             "overlap": losses.overlap_loss(warped[:, 1:], target, batch.labelled),
         }
-        words = self.settings
-        weights = {"image": 1, "smooth": words.smoothness, "overlap": words.dice_weight}
-        if words.difference_weight:
+        settings = self.settings
+        weights = {"image": 1, "smooth": settings.smoothness, "overlap": settings.dice_weight}
+        if settings.difference_weight:
             terms["difference"] = losses.difference_loss(warped[:, 1:], target, batch.labelled)
-            weights["difference"] = words.difference_weight
+            weights["difference"] = settings.difference_weight
         return {"loss": sum(weight * terms[name] for name, weight in weights.items()), **terms}
 
     def similarity(self, warped, fixed):
@@ -71,7 +71,7 @@ class Registration:
         store, images, scores = self.validation, [], []
         for case in store.cases:
             ed, es = (store.frame(case, frame) for frame in (case.ed, case.es))
-            labels, target = (store.known(case, frame) for frame in (case.ed, case.es))
+            labels, target = (store.expert_or_ignored(case, frame) for frame in (case.ed, case.es))
             displacement = networks.register(self.network, ed, es, labels)
             images.append(self.similarity(warp(ed, displacement), es))
             if len(case.expert) < 2:

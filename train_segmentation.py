@@ -19,10 +19,10 @@ from cardiac.run import (
     check_run,
     choose_device,
     describe,
-    learnt_digest,
     remove_runs,
     run_folder,
     script,
+    training_digest,
 )
 from cardiac.settings import SegmentationSettings, parse
 from cardiac.slices import LabelledSlices, SliceStore
@@ -92,8 +92,8 @@ def read_propagated(settings):
             raise InputError(f"{path}: {what}; run propagate_labels.py first")
     if (settings.out / "registration" / "best.pt").exists():
         network, _ = load_registration(settings.out, torch.device("cpu"))
-        made_by = made_from(path / "labels.h5") or ""
-        if weights_digest(network) not in made_by and not begun(settings, propagated):
+        source = made_from(path / "labels.h5") or ""
+        if weights_digest(network) not in source and not holds_run(settings, propagated):
             raise InputError(f"{path}: from another registration than OUT's; run propagate_labels.py first")
     if len(propagated.labels):
         return propagated
@@ -108,12 +108,12 @@ def check_cases(settings, cases):
     """Raise InputError if the propagated labels were made from other cases or labels than these."""
     path = settings.out / "propagation" / "labels.h5"
     labelled = [case for case in cases if case.labelled]
-    if learnt_digest(labelled) not in (made_from(path) or ""):
+    if training_digest(labelled) not in (made_from(path) or ""):
         what = "made from Training cases or labels that have since changed, or by an earlier version"
         raise InputError(f"{path}: {what}; run propagate_labels.py first")
 
 
-def begun(settings, propagated):
+def holds_run(settings, propagated):
     """Whether OUT holds a training run on these very labels, which can be resumed."""
     config = settings.out / "segmentation" / "propagated" / "config.json"
     known = config.exists() and not settings.overwrite
@@ -127,7 +127,7 @@ def main(argv):
     device = choose_device(settings.device)
     propagated = read_propagated(settings)
     names = MODELS if settings.labels == "both" else (settings.labels,)
-    anew = [places[name] for name in names] if settings.overwrite else []
+    redone = [places[name] for name in names] if settings.overwrite else []
     if propagated is None:
         names = ("original",)
     cache = from_first(open_cache, settings)
@@ -138,7 +138,7 @@ def main(argv):
     learned = cache.cases, training + validation
     digests = {"original": None, "propagated": propagated and propagated.digest()}
     for name, place in places.items():  # before the first of them is trained
-        if place not in anew:
+        if place not in redone:
             from_first(check_run, settings, place, *learned, digests[name], name not in names)
     if propagated:
         check_cases(settings, cache.split("Training"))
@@ -148,12 +148,12 @@ def main(argv):
         for name in names
     }
     validation = SliceStore(cache, validation + unseen, device, "validation")
-    from_first(remove_runs, settings, anew)
+    from_first(remove_runs, settings, redone)
     settings.overwrite = False
     for name in names:
         with in_first(run_folder(settings, places[name], *learned, digests[name])) as folder:
-            expert, carried = slices[name].expert, len(slices[name]) - slices[name].expert
-            print(f"{name}: {expert} expert slices + {carried} propagated, "
+            expert_count = slices[name].expert_count
+            print(f"{name}: {expert_count} expert slices + {len(slices[name]) - expert_count} propagated, "
                   f"{settings.total_steps} steps of {settings.batch_size} on {describe(device)}")
             task = Segmentation(settings, slices[name], validation, logged=unseen)
             if fit(task, settings, folder, device, outcome="example.png"):

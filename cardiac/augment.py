@@ -14,7 +14,7 @@ from cardiac.parallel import processes, share
 from cardiac.slices import PairBatch, step_generator
 from cardiac.warp import warp
 
-OTHER_DRAWS = 2**31  # offset of the step: draws independent of its slices'
+AUGMENTATION_OFFSET = 2**31  # offset of the step: draws independent of its slices'
 
 
 def spatial_displacement(generator, batch, size, device, rotation=180, scale=0.2, shift=0.08, elastic=2.0):
@@ -42,7 +42,7 @@ def spatial_displacement(generator, batch, size, device, rotation=180, scale=0.2
     return smooth.add_(affine).add_(offset[..., None, None])
 
 
-def move(displacement, images, labels):
+def warp_both(displacement, images, labels):
     """Warp images (B, C, S, S) linearly, labels (B, K, S, S) uint8 by nearest neighbour."""
     return warp(images, displacement), warp(labels, displacement, "nearest").to(torch.uint8)
 
@@ -81,15 +81,16 @@ def vary_intensity(generator, images, gamma=0.5, contrast=0.3, bias=0.4, blur=1.
 def augment_pairs(batch, seed, step):
     """A `PairBatch` whose pairs, labels included, are each warped by a random displacement."""
     images = torch.cat([batch.moving, batch.fixed], 1)
-    generator = step_generator(seed, OTHER_DRAWS + step)
+    generator = step_generator(seed, AUGMENTATION_OFFSET + step)
     displacement = spatial_displacement(generator, len(images), images.shape[-1], images.device)
-    images, labels = move(displacement, images, torch.stack([batch.moving_labels, batch.fixed_labels], 1))
+    labels = torch.stack([batch.moving_labels, batch.fixed_labels], 1)
+    images, labels = warp_both(displacement, images, labels)
     return PairBatch(images[:, :1], images[:, 1:], labels[:, 0], labels[:, 1], batch.labelled)
 
 
 def augment_slices(images, labels, trust, seed, step):
     """Images (B, 1, S, S), labels and trust (B, S, S): each sample warped and its image varied at random."""
-    generator = step_generator(seed, OTHER_DRAWS + step)
+    generator = step_generator(seed, AUGMENTATION_OFFSET + step)
     displacement = spatial_displacement(generator, len(images), images.shape[-1], images.device)
-    images, maps = move(displacement, images, torch.stack([labels, trust], 1))
+    images, maps = warp_both(displacement, images, torch.stack([labels, trust], 1))
     return vary_intensity(generator, images), *maps.unbind(1)

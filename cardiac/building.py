@@ -16,7 +16,7 @@ from tqdm import tqdm
 from cardiac.cases import load_case, refusal
 from cardiac.files import InputError, digest, sync_folder, write_in_place, writing_hdf5
 from cardiac.parts import Parts
-from cardiac.preprocessing import to_slices
+from cardiac.preprocessing import cine_to_slices
 from cardiac.workers import worker_pool
 
 SCHEMA = 6
@@ -120,7 +120,7 @@ def _preprocess(case, size, spacing, crop, file, images_at, labels_at):
             raise InputError(f"{case.code}: {case.image}: changed while it was read; start again")
     except InputError as error:
         return {"problem": str(error)}
-    images, grid = to_slices(image, case.spacing, size, spacing, crop)
+    images, grid = cine_to_slices(image, case.spacing, size, spacing, crop)
     pieces = {images_at: images}
     place = {"crop_centre": grid.centre, "cropped": 0.0, "digests": ()}
     if case.ed is not None:

@@ -65,7 +65,7 @@ class CachedCase(Case):
         """A JSON value that changes when the case or its slices do."""
         return {**super().identity(), "crop": self.crop_centre, "withheld": self.withheld}
 
-    def learnt(self):
+    def training_identity(self):
         """A JSON value that changes when what a network learns from this case does: its image (judged by file
         size), known labels, entries in the table. Copying the files does not change it.
         """
@@ -135,13 +135,13 @@ class Cache:
         """The cases of these splits."""
         return [case for case in self.cases if case.split in names]
 
-    def training_and_validation(self, seed, held_out=None, over=False):
+    def training_and_validation(self, seed, held_out=None, finished=False):
         """Three lists of cases: to train on, to validate on, and to score for the log only.
 
         Validation uses labelled Validation cases of vendors that have training labels; those of other vendors
         are only logged. If there are none of the former, `_fifth` of the labelled training patients is held
         out, which is printed. held_out: codes of patients held out, [] for none, None: not yet chosen. If no
-        other patient has labels, they are trained on, too. over: the run is over: print nothing, and accept
+        other patient has labels, they are trained on, too. finished: the run is: print nothing, and accept
         that its Validation has gone. Raises InputError without training labels, for a code that is not a
         labelled training patient's, and if the Validation of an unfinished run has gone.
         """
@@ -153,7 +153,7 @@ class Cache:
         validation = [case for case in self.split("Validation") if case.labelled]
         unseen = [case for case in validation if case.vendor not in seen]
         validation = [case for case in validation if case.vendor in seen]
-        if held_out == [] and not (validation or over):
+        if held_out == [] and not (validation or finished):
             what = "this run was validated on cases of Validation, which are now missing"
             raise InputError(f"{self.root}: {what}; restore them, or choose another --out")
         if held_out == [] or (validation and not held_out):
@@ -170,13 +170,13 @@ class Cache:
             raise InputError(f"--held-out {unknown[0]}: {what}")
         validation = [case for case in labelled if case.code in held_out]
         codes = ", ".join(case.code for case in validation)
-        said = f"{why}: {len(validation)} of {len(labelled)} training patients, {codes}"
+        notice = f"{why}: {len(validation)} of {len(labelled)} training patients, {codes}"
         if len(validation) == len(labelled):
-            said = f"warning: no other patient has labels: training and validating on {codes}"
+            notice = f"warning: no other patient has labels: training and validating on {codes}"
         else:
             training = [case for case in training if case not in validation]
-        if not over:
-            print(said)
+        if not finished:
+            print(notice)
         return training, validation, unseen
 
 
@@ -202,7 +202,7 @@ def open_cache(settings):
         wanted["sources"] |= case.identity()
     lock, folder = (path.with_name(f".{path.name}{suffix}") for suffix in (".lock", PARTS))
     with locked(lock, f"cache: waiting for another process at {path}", wait=True):
-        reason = _misfit(path, wanted, cases, settings.skip_bad)
+        reason = _rebuild_reason(path, wanted, cases, settings.skip_bad)
         if reason:
             print(f"cache: building {path}: {reason}", flush=True)
             build(path, folder, cases, wanted, settings)
@@ -253,7 +253,7 @@ def withhold(cache, settings):
     return replace(cache, cases=tuple(cases))
 
 
-def _misfit(path, wanted, cases, skip_bad):
+def _rebuild_reason(path, wanted, cases, skip_bad):
     """Why the file at `path` cannot be used as it is for `cases`, or None if it can.
 
     Cases that were left out stay out for runs with --skip-bad, so that all of these see the same dataset; any
@@ -281,10 +281,12 @@ def _misfit(path, wanted, cases, skip_bad):
     expected = {name: (count, wanted["size"], wanted["size"]) for name, count in rows.items()}
     if shapes != expected:
         return f"the file there holds arrays of other shapes: {shapes}"
-    for case in () if skip_bad else [case for case in cases if case.code not in there]:
-        with contextlib.suppress(InputError):
-            load_case(case)
-            return f"{case.code} can be read again"
+    if not skip_bad:
+        for case in cases:
+            if case.code not in there:
+                with contextlib.suppress(InputError):
+                    load_case(case)
+                    return f"{case.code} can be read again"
     return None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from cardiac import LABELS
-from cardiac.files import InputError, fault, joined
+from cardiac.files import InputError, file_error, joined
 from cardiac.nifti import axes_of, read_header, read_image, read_label_values
 
 SPLITS = ("Training", "Validation", "Testing")
@@ -89,11 +89,12 @@ def load_case(case):
         image, labels, warnings = read_image(case.image), load_labels(case), []
         flat = [t for t in range(case.shape[3]) if np.ptp(image[..., t]) == 0]
         if any(t in flat for t in labels):
-            raise fault(case.image, f"constant in frame {joined(flat)}, which has labels; download it again")
+            what = f"constant in frame {joined(flat)}, which has labels; download it again"
+            raise file_error(case.image, what)
     except InputError as error:
         raise InputError(f"{case.code}: {error}") from error
     for path in case.labels:
-        if _lies_otherwise(path, case.image):
+        if _axes_differ(path, case.image):
             warnings.append(f"{case.code}: affines of {path.name} and its image differ: is it flipped?")
     if flat:
         warnings.append(f"{case.code}: image is constant in frame {joined(flat)}")
@@ -117,12 +118,12 @@ def load_labels(case):
         what = f"ground truth is empty at {joined(empty, ' and ')}" if empty else "label in the wrong frame"
         where = f"frame {joined(present)}" if present else "no frame"
         what += f": labels in {where}, but ED is {case.ed} and ES {case.es} (from 0); correct either"
-        raise fault(case.labels[0], what)
+        raise file_error(case.labels[0], what)
     order = np.array(case.label_order, np.uint8)
     return {t: order[labels[t]] for t in present}
 
 
-def _lies_otherwise(labels, image):
+def _axes_differ(labels, image):
     """Whether the voxel axes in a label file's affine differ by 5 % or more from those of its image."""
     try:
         axes, others = (axes_of(read_header(path, (3, 4)), path) for path in (image, labels))

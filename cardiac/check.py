@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from cardiac import LABELS
 from cardiac.cases import VENDORS, load_case
-from cardiac.files import InputError, Parser, shown
+from cardiac.files import InputError, Parser, printable
 from cardiac.layouts import read_cases
 from cardiac.metrics import volume_ml
 
@@ -27,11 +27,11 @@ def main(argv=None):
     problems, warnings, good, volumes = list(dataset.problems), list(dataset.warnings), [], []
     for case in tqdm(dataset.cases, "reading", unit="case", disable=None):
         try:
-            _, labels, remarks = load_case(case)
+            _, labels, case_warnings = load_case(case)
         except InputError as fault:
             problems.append(str(fault))
             continue
-        warnings += remarks
+        warnings += case_warnings
         good.append(case)
         phases = case.phases.items() if labels else ()
         named = {(phase, region): labels[t] == k for phase, t in phases for region, k in LABELS.items()}
@@ -48,7 +48,7 @@ def main(argv=None):
 
 def summary(dataset, cases, volumes):
     """Lines that describe the dataset: cases by split and vendor, grids, frames, labels."""
-    yield f"{dataset.kind} dataset in {shown(dataset.root)}"
+    yield f"{dataset.kind} dataset in {printable(dataset.root)}"
     if not cases:
         return
     yield "cases".ljust(24) + "".join(f"{vendor} {maker}".rjust(11) for vendor, maker in VENDORS.items())

@@ -8,7 +8,7 @@ import zipfile
 
 import torch
 
-from cardiac.files import InputError, digest, made_by, write_bytes
+from cardiac.files import InputError, digest, redo_command, write_bytes
 
 
 @dataclasses.dataclass
@@ -35,7 +35,7 @@ def read_checkpoint(path, device):
     Raises InputError if there is none or it is not a checkpoint.
     """
     if not path.exists():
-        raise InputError(f"{path}: there is no such checkpoint; run {made_by(path)} first")
+        raise InputError(f"{path}: there is no such checkpoint; run {redo_command(path)} first")
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
@@ -47,7 +47,7 @@ def read_checkpoint(path, device):
     except Exception as error:  # a broken or hostile file can raise anything; none of it is worth a traceback
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         what = f"not a checkpoint of this program ({reason})"
-        raise InputError(f"{path}: {what}; {made_by(path)} --overwrite retrains it") from error
+        raise InputError(f"{path}: {what}; {redo_command(path)} --overwrite retrains it") from error
     return state
 
 
@@ -59,7 +59,7 @@ def restore(path, device, **parts):
             part.load_state_dict(state[name])
         except Exception as error:  # as above
             what = f"its {name} has another architecture (another --channels?)"
-            raise InputError(f"{path}: {what}; {made_by(path)} --overwrite retrains it") from error
+            raise InputError(f"{path}: {what}; {redo_command(path)} --overwrite retrains it") from error
     return Progress(**state["progress"])
 
 

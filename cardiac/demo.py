@@ -41,7 +41,7 @@ def main(argv):
     parser.add_argument("--seed", type=int, default=0, help="seed of phantom and training (default: 0)")
     arguments = parser.parse_args(argv)
     data, out = arguments.out / "phantom", arguments.out / "runs"
-    if not phantom.is_whole(data):
+    if not phantom.is_complete(data):
         print(f"# python -m cardiac.phantom {data} --seed {arguments.seed}", flush=True)
         phantom.write_phantom(data, seed=arguments.seed)
     common = ["--data", str(data), "--out", str(out)]
@@ -81,7 +81,8 @@ def score_against_truth(settings):
         frames = propagated.of(case)
         labels = propagate_labels.on_own_grid(cache, case, propagated)
         truth = phantom.true_labels(cache.root, case.code)
-        moved = np.asarray(nib.load(cache.root / "truth" / f"{case.code}_displacement.nii.gz").dataobj)
+        path = cache.root / "truth" / f"{case.code}_displacement.nii.gz"
+        true_displacement = np.asarray(nib.load(path).dataobj)
         store = SliceStore(cache, [case], device)
         (local,) = store.cases
         ed, expert = store.frame(local, case.ed), store.expert(local, case.ed)
@@ -94,11 +95,12 @@ def score_against_truth(settings):
             target, prediction = truth[..., frame][..., kept], labels[..., frame][..., kept]
             row = {"case": case.code, "vendor": case.vendor, "frame": frame}
             row |= {region: dice(prediction == label, target == label) for region, label in LABELS.items()}
-            there = target.any((0, 1))  # slices with a true label: the base has not left them
-            scores = [dice(prediction[..., there] == k, target[..., there] == k) for k in LABELS.values()]
+            has_truth = target.any((0, 1))  # slices with a true label: the base has not left them
+            shown, wanted = prediction[..., has_truth], target[..., has_truth]
+            scores = [dice(shown == label, wanted == label) for label in LABELS.values()]
             row["dice_where_labelled"] = float(np.nanmean(scores))
             heart = truth[..., frame] > 0
-            true = moved[..., frame, :]
+            true = true_displacement[..., frame, :]
             for name, error in (("error_mm", found - true), ("identity_mm", true)):
                 row[name] = float(np.linalg.norm(error, axis=-1)[heart].mean())
             rows.append(row)

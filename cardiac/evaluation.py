@@ -12,19 +12,20 @@ from cardiac.cases import VENDORS, load_labels
 from cardiac.files import InputError, read_csv
 from cardiac.networks import segment
 from cardiac.nifti import write_labels
-from cardiac.parts import UNKEPT
+from cardiac.parts import NO_PARTS
 from cardiac.preprocessing import most_likely
-from cardiac.settings import BUDGET, HERE, SegmentationSettings
+from cardiac.settings import MAY_CHANGE, PER_CALL, SegmentationSettings
 from cardiac.slices import SliceStore
 from cardiac.workers import worker_pool
 
 MODELS = ("original", "propagated")
 SLICES_AT_ONCE = 64
-CASES = ("model", "case", "vendor", "centre", "phase", "region", *metrics.SCORES, "paper_dice")
+SCORES = (*metrics.SCORES, "paper_dice")
+CASES = ("model", "case", "vendor", "centre", "phase", "region", *SCORES)
 TABLE = ("model", *REGIONS, *VENDORS, "total")
 CLINICAL = ("model", "case", "vendor", "quantity", "measured", "reference")
 AGREEMENT = ("model", "quantity", "bias", "loa_low", "loa_high", "r", "mae", "n")
-FAILURE = ("model", "case", "phase", "region")  # columns that identify one
+FAILURE_COLUMNS = ("model", "case", "phase", "region")  # columns that identify one
 COMPARISON = ("group", "mean_difference", "low", "high", "p", "n")
 
 
@@ -38,8 +39,8 @@ def regions_on_own_grid(network, frames, grid, device):
     not grow with the cine.
     """
     slices = frames.shape[1]
-    for some in frames.split(max(1, SLICES_AT_ONCE // slices)):
-        regions = segment(network, some.flatten(0, 1).to(device).float())[:, 1:]
+    for chunk in frames.split(max(1, SLICES_AT_ONCE // slices)):
+        regions = segment(network, chunk.flatten(0, 1).to(device).float())[:, 1:]
         for planes in regions.unflatten(0, (-1, slices)).transpose(1, 2).cpu().numpy():
             yield grid.from_slices(planes).transpose(0, 2, 3, 1)
 
@@ -64,7 +65,7 @@ def prediction_path(folder, code):
     return folder / f"{code}_sa_pred.nii.gz"
 
 
-def score_model(model, network, cache, cases, settings, device, folder, parts=UNKEPT):
+def score_model(model, network, cache, cases, settings, device, folder, parts=NO_PARTS):
     """Predict and score `cases` with one model: writes predictions below `folder`, yields (row of cases.csv,
     the same row for the largest components or None). parts: where the scores of finished cases are kept.
     """
@@ -101,7 +102,7 @@ def read_scores(path):
     """The rows of a cases.csv, numbers as floats and empty cells NaN. Raises InputError."""
     try:
         rows = [{name: row[name] for name in CASES} for row in read_csv(path)]
-        return [row | {name: float(row[name] or "nan") for name in CASES[6:]} for row in rows]
+        return [row | {name: float(row[name] or "nan") for name in SCORES} for row in rows]
     except (KeyError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: not scores of this program; use --overwrite to redo them") from error
 
@@ -127,7 +128,7 @@ class Results:
         training, validation = self.cache.split("Training"), []
         if self.own and any(case.labelled for case in training):
             chosen = self.used["seed"], self.used["held_out"]
-            training, validation, _ = self.cache.training_and_validation(*chosen, over=True)
+            training, validation, _ = self.cache.training_and_validation(*chosen, finished=True)
         self.learnt_from = [case for case in training if case.labelled]
         self.validated = {case.code for case in validation}  # cases that chose the checkpoints
         self.seen = {case.vendor for case in self.learnt_from}  # vendors whose labels were trained on
@@ -169,13 +170,13 @@ class Results:
         return counts | {name: getattr(self, name) for name in tables}
 
     @property
-    def unlike(self):
+    def differing_settings(self):
         """The training settings, except its length, in which the two models differ, in words."""
         runs, found = [run["settings"] for run in self.trained.values()], []
         for name in (item.name for item in dataclasses.fields(SegmentationSettings)):
             values = [str(run.get(name)) for run in runs]
             # other held-out patients are other cases, which evaluate.py refuses
-            if name not in (*HERE, *BUDGET, "held_out") and len(set(values)) > 1:
+            if name not in (*PER_CALL, *MAY_CHANGE, "held_out") and len(set(values)) > 1:
                 found.append(f"{name} ({', '.join(values)})")
         return found
 
@@ -214,8 +215,8 @@ class Results:
                 text += " Some were used in validation, which chose the checkpoints."
         if len({run["steps"] for run in self.trained.values()}) > 1:
             text += " THE NETWORKS WERE TRAINED FOR DIFFERENT NUMBERS OF STEPS."
-        if self.unlike:
-            text += f" BESIDES THEIR LABELS, THE NETWORKS DIFFER IN {'; '.join(self.unlike)}."
+        if self.differing_settings:
+            text += f" BESIDES THEIR LABELS, THE NETWORKS DIFFER IN {'; '.join(self.differing_settings)}."
         if self.own:
             vendors = ", ".join(sorted(self.seen))
             text += f" Trained on {self.labels}, of vendor {vendors}; * marks the others."
@@ -229,7 +230,7 @@ class Results:
         if self.undefined:
             text += f" {self.undefined} scores are undefined (region absent from both masks) and left out."
         if self.failures:
-            names = [" ".join(row[name] for name in FAILURE) for row in self.failures]
+            names = [" ".join(row[name] for name in FAILURE_COLUMNS) for row in self.failures]
             more = f" and {len(names) - 8} more, see summary.json" if len(names) > 8 else ""
             text += f" {len(names)} failures (region in only one mask, Dice 0): "
             text += f"{', '.join(names[:8])}{more}."
@@ -324,7 +325,7 @@ def counted(count, noun):
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
-def in_words(quantity):
+def quantity_label(quantity):
     """A clinical quantity, "LV_EF_percent", as "LV EF, %"."""
     name, _, unit = quantity.replace("percent", "%").rpartition("_")
     return f"{name.replace('_', ' ')}, {unit}"

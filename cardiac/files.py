@@ -17,7 +17,7 @@ class InputError(Exception):
     """Something the user gave is wrong. The message is one line: which file, what is wrong, what to do."""
 
 
-def shown(text):
+def printable(text):
     """A path, message or value from outside as printable text on one line, escaped if necessary."""
     text = str(text)
     return text if text.isprintable() else ascii(text)
@@ -28,9 +28,9 @@ def joined(values, comma=", "):
     return comma.join(str(value) for value in values)
 
 
-def fault(path, what):
+def file_error(path, what):
     """An InputError about a file: which one, and what is wrong."""
-    return InputError(f"{shown(path)}: {what}")
+    return InputError(f"{printable(path)}: {what}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -133,7 +133,7 @@ def write_text(path, text):
     write_bytes(path, text.encode())
 
 
-def made_by(path):
+def redo_command(path):
     """The command that redoes the run, and no other, to which the file at `path` belongs."""
     folder = Path(path).parent
     if folder.parent.name == "segmentation":
@@ -157,7 +157,7 @@ def read_json(path):
             raise ValueError("not an object")
         return value
     except (ValueError, OSError) as error:
-        what = f"not readable as JSON ({error}); {made_by(path)} --overwrite redoes it"
+        what = f"not readable as JSON ({error}); {redo_command(path)} --overwrite redoes it"
         raise InputError(f"{path}: {what}") from error
 
 

@@ -115,8 +115,11 @@ class Section:
         wall2 = inner2 + muscle * (wall**2 - inner**2)
         edge2 = wall2 + right * (edge**2 - wall**2)
         r2, edge_now = r**2, np.sqrt(edge2)
-        squared = np.where(r2 < inner2, r2 / cavity, np.where(
-            r2 < wall2, inner**2 + (r2 - inner2) / muscle, wall**2 + np.maximum(r2 - wall2, 0) / right))
+        squared = np.select(
+            [r2 < inner2, r2 < wall2],
+            [r2 / cavity, inner**2 + (r2 - inner2) / muscle],
+            wall**2 + np.maximum(r2 - wall2, 0) / right,
+        )
         beyond = r + (edge - edge_now) * _fade((r - edge_now) / REACH)
         r = np.where(r2 < edge2, np.sqrt(squared), beyond)
         ray = np.stack([np.cos(angle + heart.angle), np.sin(angle + heart.angle)])

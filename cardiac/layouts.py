@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 
 from cardiac.cases import LV, MYO, RV, SPLITS, VENDORS, Case, Dataset
-from cardiac.files import InputError, fault, joined, shown
-from cardiac.nifti import read_header, spacing_of, times
+from cardiac.files import InputError, file_error, joined, printable
+from cardiac.nifti import read_header, sizes, spacing_of
 
 MMS_ORDER, ACDC_ORDER = (0, LV, MYO, RV), (0, RV, MYO, LV)  # our label for each value in their files
 UNLABELLED = "training/unlabeled"
@@ -31,8 +31,9 @@ def read_cases(root):
     base = _find_base(Path(root))
     tables = _tables(base) or _tables(root)  # beside the unpacked folder
     if len(tables) > 1:
-        what = f"{len(tables)} files match *opendataset.csv ({joined(shown(path.name) for path in tables)})"
-        raise fault(tables[0].parent, f"{what}; keep one of them")
+        names = joined(printable(path.name) for path in tables)
+        what = f"{len(tables)} files match *opendataset.csv ({names}); keep one of them"
+        raise file_error(tables[0].parent, what)
     patients = [pair for pair in _case_folders(base, ACDC_PLACES) if "patient" in pair[1].name.lower()]
     if tables:
         kind, (cases, problems, warnings) = "M&Ms", _read_mms(base, tables[0])
@@ -40,9 +41,9 @@ def read_cases(root):
         kind, (cases, problems), warnings = "ACDC", _read_all(patients, partial(_acdc_case, base)), []
     else:
         what = "no table *opendataset.csv (M&Ms) and no folders training/patient001 (ACDC) in it"
-        raise fault(base, f"{what}; copy the downloaded table there")
+        raise file_error(base, f"{what}; copy the downloaded table there")
     if not cases and not problems:
-        raise fault(base, "no folders of cases in it; give --data the folder that holds Training")
+        raise file_error(base, "no folders of cases in it; give --data the folder that holds Training")
     cases = sorted(cases, key=lambda case: (SPLITS.index(case.split), case.code))
     return Dataset(base, Path(root).resolve().name, kind, tuple(cases), tuple(problems), tuple(warnings))
 
@@ -55,7 +56,7 @@ def _listing(folder):
     try:
         return sorted(path for path in Path(folder).iterdir() if not path.name.startswith((".", "@", "__")))
     except OSError as error:
-        raise fault(folder, f"not readable as a folder ({error.strerror})") from error
+        raise file_error(folder, f"not readable as a folder ({error.strerror})") from error
 
 
 def _tables(folder):
@@ -65,15 +66,16 @@ def _tables(folder):
 def _find_base(root):
     """The folder that holds Training, Validation or Testing: `root`, or the one folder in it that does."""
     if not root.is_dir():
-        raise fault(root, "no such folder; give --data the folder that holds Training")
+        raise file_error(root, "no such folder; give --data the folder that holds Training")
     inside = (path for path in _listing(root) if path.is_dir())  # a lost+found is not readable
     for folders in ([root], [path for path in inside if os.access(path, os.R_OK | os.X_OK)]):
         bases = [f for f in folders if any(p.name.title() in SPLITS and p.is_dir() for p in _listing(f))]
         if len(bases) > 1:
-            raise fault(root, f"give --data one of its datasets: {joined(shown(b.name) for b in bases)}")
+            names = joined(printable(base.name) for base in bases)
+            raise file_error(root, f"give --data one of its datasets: {names}")
         if bases:
             return bases[0]
-    raise fault(root, "no folder Training, Validation or Testing in it; give --data their parent folder")
+    raise file_error(root, "no folder Training, Validation or Testing in it; give --data their parent folder")
 
 
 def _case_folders(base, places):
@@ -99,7 +101,7 @@ def _read_all(folders, read):
                 raise InputError(f"duplicate case, in {' and '.join(places[folder.name.lower()])}; keep one")
             cases.append(read(place, folder))
         except InputError as error:
-            problems[f"{shown(folder.name)}: {error}"] = None  # a dict: duplicates reported once, in order
+            problems[f"{printable(folder.name)}: {error}"] = None  # a dict: duplicates once, in order
     return cases, list(problems)
 
 
@@ -109,13 +111,13 @@ def _find_file(folder, stem):
     for suffix in (".nii.gz", ".nii"):
         if path := names.get(f"{stem}{suffix}".lower()):
             return path
-    raise fault(folder / f"{stem}.nii.gz", "no such file; download it again")
+    raise file_error(folder / f"{stem}.nii.gz", "no such file; download it again")
 
 
 def _check_label_shape(path, shape):
     found = read_header(path, (len(shape),)).get_data_shape()
     if found != shape:
-        raise fault(path, f"labels of shape {times(found)}, the image has {times(shape)}")
+        raise file_error(path, f"labels of shape {sizes(found)}, the image has {sizes(shape)}")
 
 
 def _phases(ed, es, frames, first):
@@ -151,8 +153,8 @@ def _read_mms(base, table):
         if absent & {UNLABELLED} if unlabelled else absent - {UNLABELLED}:
             excused += 1
         else:
-            faults.append(f"{row['External code']}: no such folder (line {line} of {shown(table.name)})")
-    warnings = [f"{excused} rows of {shown(table.name)} have no folder; absent: {joined(sorted(absent))}"]
+            faults.append(f"{row['External code']}: no such folder (line {line} of {printable(table.name)})")
+    warnings = [f"{excused} rows of {printable(table.name)} have no folder; absent: {joined(sorted(absent))}"]
     return cases, problems + faults, warnings if excused else []
 
 
@@ -165,18 +167,19 @@ def _read_rows(table):
             reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
             content = [(reader.line_num, row) for row in reader]
     except (OSError, csv.Error) as error:
-        raise fault(table, f"not readable as CSV ({shown(error)})") from error
+        raise file_error(table, f"not readable as CSV ({printable(error)})") from error
     for columns in (("External code",), ("ED",), ("ES",), ("Vendor", "VendorName")):
         if not set(columns) & set(reader.fieldnames):
             found = ascii(", ".join(reader.fieldnames))[:200]
-            raise fault(table, f"no column {joined(columns, ' or ')}; the first line is {found}")
+            raise file_error(table, f"no column {joined(columns, ' or ')}; the first line is {found}")
     for line, row in content:
         row = {name: text.strip() for name, text in row.items() if name}  # '' is the index, or surplus cells
         if CODE.fullmatch(row["External code"]):
             rows[row["External code"].lower()].append((line, row))
         elif any(row.values()):
             what = f"line {line}: External code {ascii(row['External code'])[:80]}"
-            problems.append(f"{shown(table.name)}: {what} is not made of letters, digits, '.', '_' and '-'")
+            what += " is not made of letters, digits, '.', '_' and '-'"
+            problems.append(f"{printable(table.name)}: {what}")
     return rows, problems
 
 
@@ -184,7 +187,7 @@ def _mms_case(base, table, rows, place, folder):
     found = rows.get(folder.name.lower(), [])
     if len(found) != 1:
         what = f"duplicate code, lines {joined((n for n, _ in found), ' and ')}" if found else "no row"
-        raise InputError(f"{what} in {shown(table.name)}")
+        raise InputError(f"{what} in {printable(table.name)}")
     line, row = found[0]
     code, centre = row["External code"], row.get("Centre", "")
     image = _find_file(folder, f"{code}_sa")
@@ -197,7 +200,7 @@ def _mms_case(base, table, rows, place, folder):
         if place != UNLABELLED:
             ed, es = _phases(row["ED"], row["ES"], shape[3], first=0)
     except InputError as error:
-        raise InputError(f"line {line} of {shown(table.name)}: {error}") from error
+        raise InputError(f"line {line} of {printable(table.name)}: {error}") from error
     if place != UNLABELLED:  # unlabelled cases may have label files, but empty ones
         labels = (_find_file(folder, f"{code}_sa_gt"),)
         _check_label_shape(labels[0], shape)
@@ -222,7 +225,7 @@ def _acdc_case(base, place, folder):
     try:
         lines = info.read_text(errors="replace").splitlines()
     except OSError as error:
-        raise fault(info, f"not readable ({error.strerror}); download it again") from error
+        raise file_error(info, f"not readable ({error.strerror}); download it again") from error
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     image = _find_file(folder, f"{code}_4d")
     header = read_header(image)
@@ -230,7 +233,7 @@ def _acdc_case(base, place, folder):
     try:
         ed, es = _phases(fields.get("ED", ""), fields.get("ES", ""), shape[3], first=1)
     except InputError as error:
-        raise fault(info, error) from error
+        raise file_error(info, error) from error
     labels = tuple(_find_file(folder, f"{code}_frame{t + 1:02d}_gt") for t in (ed, es))
     for path in labels:
         _check_label_shape(path, shape[:3])

@@ -33,12 +33,12 @@ def box_mean(images, window):
 
     A product with a banded matrix along each axis; although dense, it is faster on a CPU than `avg_pool2d`.
     """
-    rows, columns = (_averaging(n, window, images.device) for n in images.shape[-2:])
+    rows, columns = (_averaging_matrix(n, window, images.device) for n in images.shape[-2:])
     return rows @ images @ columns.T
 
 
 @functools.lru_cache(8)
-def _averaging(n, window, device):
+def _averaging_matrix(n, window, device):
     """A matrix (n, n) whose row i averages the `window` pixels around i, clipped at the border."""
     place = torch.arange(n, device=device)
     near = ((place[:, None] - place).abs() <= window // 2).float()
@@ -80,7 +80,8 @@ def overlap_loss(warped, fixed, labelled):
     areas = warped.sum((-2, -1)), fixed.sum((-2, -1))
     counted = labelled[:, None] & (areas[0] > 0) & (areas[1] > 0)
     dice = 2 * (warped * fixed).sum((-2, -1)) / (areas[0] + areas[1]).clamp(min=1e-6)
-    return ((1 - dice) * counted).sum() / parallel.mean(counted.sum()).clamp(min=1 / parallel.processes())
+    count = parallel.process_mean(counted.sum()).clamp(min=1 / parallel.processes())
+    return ((1 - dice) * counted).sum() / count
 
 
 def difference_loss(warped, fixed, labelled):
@@ -90,7 +91,7 @@ def difference_loss(warped, fixed, labelled):
     the fixed slice lacks (the base has left it) as far as a diffeomorphism can.
     """
     difference = (warped - fixed).square().mean((1, 2, 3))
-    count = parallel.mean(labelled.sum()).clamp(min=1 / parallel.processes())
+    count = parallel.process_mean(labelled.sum()).clamp(min=1 / parallel.processes())
     return (difference * labelled).sum() / count
 
 

@@ -72,11 +72,11 @@ def _directed(source, target, spacing):
     Shared voxels are at 0 and need no search: half of them if the masks are alike. A distance transform is as
     fast on a small box, but one stray voxel makes the box large; a k-d tree is not affected.
     """
-    astray = np.argwhere(source & ~target) * spacing
+    unshared = np.argwhere(source & ~target) * spacing
     distances = np.zeros(np.count_nonzero(source))
     # Voxel centres are spread evenly by nature: a balanced tree costs more to build than it saves.
     tree = cKDTree(np.argwhere(target) * spacing, balanced_tree=False, compact_nodes=False)
-    distances[: len(astray)] = tree.query(astray)[0]  # their order does not matter
+    distances[: len(unshared)] = tree.query(unshared)[0]  # their order does not matter
     return distances
 
 

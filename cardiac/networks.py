@@ -55,7 +55,7 @@ class RegistrationNetwork(nn.Module):
             x = F.max_pool2d(x, 2)
         for level, skip in zip(self.decoder[:-2], reversed(skips[1:])):
             x = torch.cat([F.interpolate(level(x), scale_factor=2, mode="nearest"), skip], dim=1)
-        # the most expensive level: the same, without storing the upsampled and concatenated maps
+        # as above, but the most expensive level: without storing the upsampled and concatenated maps
         convolution, activation = self.decoder[-1]
         x = self.last(activation(_up_and_join(convolution, self.decoder[-2](x), skips[0])))
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 is too coarse to integrate
@@ -68,10 +68,10 @@ def _up_and_join(convolution, coarse, skip):
     Since upsampling repeats values, a transposed 4x4 convolution of stride 2 with sums of the weights gives
     the same, except for rounding, with 4 products instead of 9.
     """
-    own, rest = convolution.weight.split((coarse.shape[1], skip.shape[1]), dim=1)
-    summed = F.avg_pool2d(own.flip(2, 3), 2, stride=1, padding=1, divisor_override=1)
+    coarse_weight, skip_weight = convolution.weight.split((coarse.shape[1], skip.shape[1]), dim=1)
+    summed = F.avg_pool2d(coarse_weight.flip(2, 3), 2, stride=1, padding=1, divisor_override=1)
     up = F.conv_transpose2d(coarse, summed.transpose(0, 1), convolution.bias, stride=2, padding=1)
-    return up.add_(F.conv2d(skip, rest, padding=1))
+    return up.add_(F.conv2d(skip, skip_weight, padding=1))
 
 
 class Turned(nn.Module):

@@ -11,16 +11,16 @@ import nibabel as nib
 import numpy as np
 
 from cardiac import LABELS
-from cardiac.files import fault, replacing, shown
+from cardiac.files import file_error, printable, replacing
 
 try:  # a zlib twice as fast: `pip install isal`
     from isal import isal_zlib as inflate
 except ImportError:
     inflate = zlib
 
-LARGEST = 2 * 2**30  # bytes of one file after decoding; the largest scan of M&Ms takes 1.2 GiB as float64
-DEFLATE = 1100  # gzip compresses at most by a factor of 1032
-PIECE = 2**18  # compressed bytes unpacked at a time: fits the CPU's cache, a quarter faster
+MAX_BYTES = 2 * 2**30  # bytes of one file after decoding; the largest scan of M&Ms takes 1.2 GiB as float64
+MAX_GZIP_RATIO = 1100  # gzip compresses at most by a factor of 1032
+CHUNK_BYTES = 2**18  # compressed bytes unpacked at a time: fits the CPU's cache, a quarter faster
 EXTENT_MM = (1, 2000)  # plausible for a slice; otherwise the spacing is damaged or in another unit
 UNREADABLE = (OSError, EOFError, ValueError, OverflowError, zlib.error, inflate.error,
               nib.spatialimages.HeaderDataError)
@@ -47,18 +47,19 @@ def read_header(path, dimensions=(4,)):
             raise ValueError("its voxels are not in the same file")
         header.get_slope_inter()
     except UNREADABLE as error:
-        raise fault(path, f"not readable as NIfTI ({shown(error)}); download it again") from error
+        raise file_error(path, f"not readable as NIfTI ({printable(error)}); download it again") from error
     if len(shape) not in dimensions:
-        raise fault(path, f"{len(shape)}-D ({times(shape)}), not {' or '.join(map(str, dimensions))}-D")
+        raise file_error(path, f"{len(shape)}-D ({sizes(shape)}), not {' or '.join(map(str, dimensions))}-D")
     if dtype.kind not in "iuf":
-        raise fault(path, f"voxels are {'RGB colours' if dtype.fields else dtype.name}, not real numbers")
+        kind = "RGB colours" if dtype.fields else dtype.name
+        raise file_error(path, f"voxels are {kind}, not real numbers")
     if min(shape) < 1:
-        raise fault(path, f"empty volume ({times(shape)})")
+        raise file_error(path, f"empty volume ({sizes(shape)})")
     claimed, on_disk = math.prod(shape) * dtype.itemsize + offset, Path(path).stat().st_size
-    if math.prod(shape) * max(dtype.itemsize, 4) + offset > LARGEST:
-        raise fault(path, f"header claims {claimed / 2**30:,.1f} GiB; no more than 2 GiB are read")
-    if claimed > on_disk * (DEFLATE if _is_gzip(path) else 1):
-        raise fault(path, f"truncated, or wrong header: {claimed:,} bytes claimed, {on_disk:,} present")
+    if math.prod(shape) * max(dtype.itemsize, 4) + offset > MAX_BYTES:
+        raise file_error(path, f"header claims {claimed / 2**30:,.1f} GiB; no more than 2 GiB are read")
+    if claimed > on_disk * (MAX_GZIP_RATIO if _is_gzip(path) else 1):
+        raise file_error(path, f"truncated, or wrong header: {claimed:,} bytes claimed, {on_disk:,} present")
     return header
 
 
@@ -67,16 +68,16 @@ def spacing_of(header, path):
     """Spacing in mm of X, Y and from slice to slice; InputError if spacing or affine are invalid."""
     spacing = np.asarray(header["pixdim"][1:4], float)
     if not (np.isfinite(spacing).all() and (spacing > 0).all()):
-        raise fault(path, f"spacing {times(spacing)} is not positive; fix pixdim in its header")
+        raise file_error(path, f"spacing {sizes(spacing)} is not positive; fix pixdim in its header")
     spacing *= {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7, 1.0)  # metres, micrometres
     extent = spacing[:2] * header.get_data_shape()[:2]
     if extent.min() < EXTENT_MM[0] or extent.max() > EXTENT_MM[1]:
-        raise fault(path, f"spacing {times(spacing)} mm, slices of {times(extent)} mm; fix its header")
+        raise file_error(path, f"spacing {sizes(spacing)} mm, slices of {sizes(extent)} mm; fix its header")
     axes = axes_of(header, path)
     # The axes need not be orthogonal (in M&Ms they are not always), but they must span a volume.
     lengths = np.linalg.norm(axes, axis=0)
     if not (np.isfinite(axes).all() and abs(np.linalg.det(axes)) > 1e-6 * lengths.prod()):
-        raise fault(path, "affine is singular or not finite; fix its header")
+        raise file_error(path, "affine is singular or not finite; fix its header")
     return tuple(float(mm) for mm in spacing)
 
 
@@ -86,7 +87,7 @@ def axes_of(header, path):
     try:
         return header.get_best_affine()[:3, :3]
     except UNREADABLE as error:
-        raise fault(path, f"affine not readable ({shown(error)}); fix its header") from error
+        raise file_error(path, f"affine not readable ({printable(error)}); fix its header") from error
 
 
 @np.errstate(all="ignore")
@@ -100,9 +101,9 @@ def read_image(path, dimensions=(4,)):
         image = image.astype(np.float32, copy=False)
     low, high = image.min(), image.max()  # NaN where any voxel is
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise fault(path, "NaN or infinite voxels; export it again")
+        raise file_error(path, "NaN or infinite voxels; export it again")
     if low == high:
-        raise fault(path, f"constant image ({low:g} everywhere); download it again")
+        raise file_error(path, f"constant image ({low:g} everywhere); download it again")
     return image
 
 
@@ -115,7 +116,7 @@ def _read_voxels(path, header):
             return np.frombuffer(content, dtype, math.prod(shape), offset).reshape(shape, order="F")
         return np.asarray(nib.arrayproxy.ArrayProxy(io.BytesIO(content), header, mmap=False), np.float32)
     except UNREADABLE as error:
-        raise fault(path, f"truncated or damaged ({shown(error)}); download it again") from error
+        raise file_error(path, f"truncated or damaged ({printable(error)}); download it again") from error
 
 
 def _read(path, size):
@@ -124,7 +125,7 @@ def _read(path, size):
         unpacker = inflate.decompressobj(zlib.MAX_WBITS | 16)
         content, position = np.empty(size + 1, np.uint8), 0
         with open(path, "rb") as file:
-            while not unpacker.eof and position <= size and (packed := file.read(PIECE)):
+            while not unpacker.eof and position <= size and (packed := file.read(CHUNK_BYTES)):
                 piece = unpacker.decompress(packed, size + 1 - position)
                 content.data[position : position + len(piece)] = piece
                 position += len(piece)
@@ -154,7 +155,7 @@ def read_label_values(path):
     if (values is not voxels and (values != voxels).any()) or values.max() > len(LABELS):
         unknown = (values != voxels) | (values > len(LABELS))
         examples = ", ".join(f"{value:g}" for value in np.unique(voxels[unknown])[:4])
-        raise fault(path, f"unknown label {examples}; labels are 0, 1, 2 and 3")
+        raise file_error(path, f"unknown label {examples}; labels are 0, 1, 2 and 3")
     return values
 
 
@@ -169,6 +170,6 @@ def write_labels(path, labels, like):
         nib.save(type(image)(labels.astype(np.uint8), image.affine, header), temporary)
 
 
-def times(numbers):
+def sizes(numbers):
     """Numbers as "3 x 4 x 5"."""
     return " x ".join(f"{number:g}" for number in numbers)

@@ -17,17 +17,17 @@ from PIL import Image
 
 from cardiac import LABELS, REGIONS
 from cardiac.cases import VENDORS, load_case
-from cardiac.evaluation import FAILURE, MODELS, counted, in_words, mean, number, p_text
+from cardiac.evaluation import FAILURE_COLUMNS, MODELS, counted, mean, number, p_text, quantity_label
 from cardiac.files import write_text
 from cardiac.preprocessing import intensity_window
 from cardiac.propagation import Propagated
 from cardiac.report import COLOURS, heart_box, labelled_cine, median_case, quality_lines, read_prediction
 
-PAIRED = (
+COMPARISON_NOTE = (
     "Difference in mean Dice per patient; bootstrap over patients; p not corrected for multiple tests. Where "
     "the expert lacks a region, a network that finds none has no score, and one that finds some has 0."
 )
-OTHERS = "The labels in propagation/ are not those that the networks were trained on, and are not shown."
+NOT_SHOWN = "The labels in propagation/ are not those that the networks were trained on, and are not shown."
 
 
 def write_report(folder, results, view, all_frames, out):
@@ -51,7 +51,7 @@ def write_report(folder, results, view, all_frames, out):
         "Table 1": _table(results.cells(results.table)) + caption,
         "Table 1, largest components": _table(results.cells(results.table_largest)),
         "Gain of the propagated labels": results.comparison
-        and _table(_comparison(results)) + f"<p class=soft>{PAIRED}</p>",
+        and _table(_comparison(results)) + f"<p class=soft>{COMPARISON_NOTE}</p>",
         "Dice by region and vendor": _picture(folder / "dice.png", "Dice by region and vendor"),
         "Volumes and function against the expert": _agreement(results)
         + _picture(folder / "bland_altman.png", "Bland-Altman plots of LV EDV, LV ESV and LV EF"),
@@ -125,7 +125,7 @@ def _agreement(results):
     for row in results.agreement:
         bias, low, high = (number(row[name], "+.1f") for name in ("bias", "loa_low", "loa_high"))
         rest = [number(row["mae"], ".1f"), number(row["r"], ".2f"), str(row["n"])]
-        name, limits = in_words(row["quantity"]), low and f"{low} to {high}"
+        name, limits = quantity_label(row["quantity"]), low and f"{low} to {high}"
         lines.append([name, row["model"], bias, limits, *rest])
     return _table(lines)
 
@@ -147,7 +147,7 @@ def _cases(results, shown):
         code = (case.code, shown.index(case.code)) if case.code in shown else case.code
         start = [code, case.vendor, case.centre, number(fractions[models[0]][1][k], ".1f")]
         lines.append(start + [cell for pair in zip(*found) for cell in pair])
-    missed = [" ".join(row[name] for name in FAILURE) for row in results.failures]
+    missed = [" ".join(row[name] for name in FAILURE_COLUMNS) for row in results.failures]
     text = f"<p class=soft>Failures (region in only one mask): {escape(', '.join(missed))}.</p>"
     return _table(lines, sortable=True) + (text if missed else "")
 
@@ -223,7 +223,7 @@ def _propagation(results, folder):
     trained_on = results.trained.get("propagated", {}).get("labels")  # None: no such network is scored
     others = trained_on and trained_on != propagated.digest()
     if others or not known or propagated.labels.shape[-1] != cache.size:
-        return f"<p>{OTHERS}</p>"
+        return f"<p>{NOT_SHOWN}</p>"
     case = median_case(list(cases.values()), propagated)
     confidence, images, labels, names, notes = {}, {}, {}, {}, {}
     for (code, frame, _), value in zip(propagated.where, propagated.confidence):

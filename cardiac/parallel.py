@@ -21,20 +21,20 @@ LAUNCHED = dist.is_torchelastic_launched()  # by torchrun, which tells each proc
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
 LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0  # on this host: the GPU to use
 ON_THIS_HOST = int(os.environ["LOCAL_WORLD_SIZE"]) if LAUNCHED else 1
-PATIENCE = datetime.timedelta(hours=12)  # the first process may build a cache while the others wait
+TIMEOUT = datetime.timedelta(hours=12)  # the first process may build a cache while the others wait
 
 
 @contextlib.contextmanager
 def process_group():
     """Join torchrun's process group, if it started this process; all but the first are mute in the block.
 
-    The group is not destroyed afterwards: `leave` ends the process.
+    The group is not destroyed afterwards: `exit_process` ends the process.
     """
     if not LAUNCHED or dist.is_initialized():
         yield
         return
     # both by name: with a GPU, PyTorch would use only NCCL, which cannot send tensors on the CPU
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     with contextlib.ExitStack() as stack:
         if RANK:
             nowhere = stack.enter_context(open(os.devnull, "w"))
@@ -43,7 +43,7 @@ def process_group():
         yield
 
 
-def leave(code):
+def exit_process(code):
     """End this process of torchrun, whose work is done, without waiting for the others, as NCCL would, and
     without Python's shutdown.
 
@@ -65,7 +65,7 @@ def share(whole, dim=0):
     return whole.chunk(processes(), dim)[RANK] if processes() > 1 else whole
 
 
-def mean(value):
+def process_mean(value):
     """The mean of a scalar tensor over the processes, which must all call this; it carries no gradient."""
     if processes() > 1:
         value = value.detach() / processes()
@@ -73,7 +73,7 @@ def mean(value):
     return value
 
 
-def average(network, losses):
+def average_gradients(network, losses):
     """Average `network`'s gradients over the processes in one all-reduce; returns the averaged losses."""
     if processes() == 1:
         return losses
@@ -96,11 +96,12 @@ def from_first(function, *arguments):
             result = function(*arguments)
         except InputError as raised:
             error = raised
-    told = [result, error]
-    dist.broadcast_object_list(told)
-    if told[1]:
-        raise told[1]
-    return told[0]
+    message = [result, error]
+    dist.broadcast_object_list(message)
+    result, error = message
+    if error:
+        raise error
+    return result
 
 
 @contextlib.contextmanager

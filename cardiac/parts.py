@@ -39,7 +39,7 @@ class Parts:
         missing = {path: case for path, case in zip(paths, cases) if not path.exists()}
         if len(missing) < len(cases):
             print(f"resuming: {len(cases) - len(missing)} of {len(cases)} cases are finished", flush=True)
-        made = run(_keep, ((path, function, *arguments(case)) for path, case in missing.items()))
+        made = run(_compute_part, ((path, function, *arguments(case)) for path, case in missing.items()))
         for path in paths:
             if path in missing:
                 next(made)
@@ -54,10 +54,10 @@ class Parts:
         return self.folder / f"{case.code}-{made_from}"
 
 
-UNKEPT = Parts()
+NO_PARTS = Parts()
 
 
-def _keep(path, function, *arguments):
+def _compute_part(path, function, *arguments):
     write_part(path, function(*arguments))
 
 

@@ -88,7 +88,7 @@ def draw_shading(rng, shape, front, vendor):
     return np.exp(vendor.bias * (np.tensordot(tilt, x, 1) + np.tensordot(bend, x**2, 1)))
 
 
-def beat(rng, section, chest, slab, share, shape, pixel, vendor):
+def beating_slice(rng, section, chest, slab, share, shape, pixel, vendor):
     """One slice in all frames: tissue signal (X, Y, T), label (X, Y, T), displacement (X, Y, T, 2) in mm.
 
     `slab` is the slice's thickness as a share of the LV's length, `share` (T,) of the contraction reached.
@@ -147,7 +147,7 @@ def make_case(rng, vendor, frames=12, slices=None, size=128):
     displacement = np.zeros((*image.shape, 2), np.float32)
     for z, height in enumerate(heights):
         section = Section(heart, height, middle + lean * (height - 0.5) + rng.normal(0, 1, 2))
-        tissue, label[:, :, z], displacement[:, :, z] = beat(
+        tissue, label[:, :, z], displacement[:, :, z] = beating_slice(
             rng, section, chest, slab, share, shape, zooms[0].item(), vendor)
         signal = gaussian_filter(tissue, (vendor.psf / zooms[0],) * 2 + (0,)) * shading[..., None]
         noise = vendor.noise * rng.standard_normal((2, *signal.shape), np.float32)
@@ -167,7 +167,7 @@ def true_labels(root, code):
     return np.asarray(nib.load(root / "truth" / f"{code}_sa_gt_all.nii.gz").dataobj)
 
 
-def is_whole(root):
+def is_complete(root):
     """Whether there is a complete phantom at `root`."""
     return (root / CSV_NAME).exists()
 
@@ -182,7 +182,7 @@ def write_phantom(root, **options):
     for name, value in settings.items():
         if value is not None and value < OPTIONS[name][1]:
             raise InputError(f"--{name} {value}: must be {OPTIONS[name][1]} or more")
-    root = _claim(root)
+    root = _prepare_folder(root)
     write_json(root / MARKER, settings)
     rows = []
     for order, (split, (folder, vendors)) in enumerate(SPLITS.items()):
@@ -206,7 +206,7 @@ def write_phantom(root, **options):
     write_csv(root / CSV_NAME, columns, rows)  # last: it marks the phantom as complete
 
 
-def _claim(root):
+def _prepare_folder(root):
     """Make the folder, or empty an older phantom; InputError if anything else is in the way."""
     root = Path(root)
     if root.exists() and not root.is_dir():

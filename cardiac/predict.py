@@ -10,10 +10,10 @@ from tqdm import tqdm
 from cardiac import LABELS, REGIONS
 from cardiac.checkpoint import weights_digest
 from cardiac.evaluation import heart_function, regions_on_own_grid
-from cardiac.files import InputError, fault, read_json, shown, write_csv, write_json
+from cardiac.files import InputError, file_error, printable, read_json, write_csv, write_json
 from cardiac.metrics import largest_component, volume_ml
 from cardiac.nifti import read_header, read_image, spacing_of, write_labels
-from cardiac.preprocessing import most_likely, to_slices
+from cardiac.preprocessing import cine_to_slices, most_likely
 from cardiac.report import COLOURS, heart_box, save_figure, show_slice
 from cardiac.run import EMPTIED, describe, run_lock
 
@@ -31,21 +31,21 @@ def find_scans(paths):
     files = {}  # by what they resolve to: a link keeps its own name, not its target's
     for path in paths:
         if not path.exists():
-            raise InputError(f"{shown(path)}: no such file or folder")
+            raise InputError(f"{printable(path)}: no such file or folder")
         inside, what = [path] if _stem(path) else [], "not the name of a NIfTI file (.nii, .nii.gz)"
         if path.is_dir():
             named = (f for f in path.rglob("*") if _stem(f) and not _stem(f).endswith(NOT_IMAGES))
             inside = sorted(file for file in named if not file.is_dir())
             what = "no NIfTI file (.nii, .nii.gz) in this folder"
         if not inside:
-            raise InputError(f"{shown(path)}: {what}")
+            raise InputError(f"{printable(path)}: {what}")
         for file in inside:
             files.setdefault(file.resolve(), file.parent.resolve() / file.name)
     stems, scans = collections.Counter(map(_stem, files.values())), {}
     for file in files.values():
         name = _stem(file) if stems[_stem(file)] == 1 else f"{file.parent.name}_{_stem(file)}"
         if name in scans:
-            raise InputError(f"{shown(file)}: has the same name as {shown(scans[name])}; rename one")
+            raise InputError(f"{printable(file)}: has the same name as {printable(scans[name])}; rename one")
         scans[name] = file
     return scans
 
@@ -67,8 +67,8 @@ def predict_scans(scans, model, network, progress, settings, device):
     folder = settings.out / "predictions"
     with run_lock(settings, "predictions"):
         skipped = []
-        made_by = {"model": model, "steps": progress.step, "weights": weights_digest(network)}
-        made_by |= {name: getattr(settings, name) for name in ("largest_component", "mirrored")}
+        model_identity = {"model": model, "steps": progress.step, "weights": weights_digest(network)}
+        model_identity |= {name: getattr(settings, name) for name in ("largest_component", "mirrored")}
 
         def skip(error):
             if not settings.skip_bad:
@@ -77,7 +77,7 @@ def predict_scans(scans, model, network, progress, settings, device):
             skipped.append(error)
             tqdm.write(f"skipped: {error}")
 
-        work = _unfinished(scans, folder, made_by, settings.overwrite, skip)
+        work = _unfinished(scans, folder, model_identity, settings.overwrite, skip)
         if work:
             print(f"{model}, {progress.step} steps, on {describe(device)}")
         for name, file, made_from in tqdm(work, "scans", unit="scan", disable=not work):
@@ -87,14 +87,14 @@ def predict_scans(scans, model, network, progress, settings, device):
                 skip(error)
                 continue
             write_json(folder / name / "summary.json", {"scan": name, **found, "made_from": made_from})
-            tqdm.write(_line(name, found))
+            tqdm.write(_result_line(name, found))
         _write_table(folder)
         if len(skipped) == len(scans):
             raise InputError(f"none of the scans can be read: {skipped[0]}")
     print(f"to look at: {folder}/*/volumes.png; all scans: {folder / 'summary.csv'}")
 
 
-def _unfinished(scans, folder, made_by, overwrite, skip):
+def _unfinished(scans, folder, model_identity, overwrite, skip):
     """The scans still to be segmented, [(name, file, made_from)]; a header's InputError goes to `skip`."""
     work = []
     for name, file in scans.items():
@@ -105,7 +105,7 @@ def _unfinished(scans, folder, made_by, overwrite, skip):
             continue
         status, summary = file.stat(), folder / name / "summary.json"
         made_from = {"file": str(file.resolve()), "bytes": status.st_size, "modified": status.st_mtime_ns}
-        made_from |= made_by
+        made_from |= model_identity
         known = summary.exists() and not overwrite
         done = read_json(summary).get("made_from") if known else None
         if done == made_from:
@@ -151,10 +151,10 @@ def predict_scan(folder, file, network, settings, device):
     """
     header, image = read_header(file, (3, 4)), read_image(file, (3, 4))
     if image.dtype.kind in "iu" and image.min() >= 0 and image.max() <= len(LABELS):
-        raise fault(file, f"no voxel is larger than {len(LABELS)}: labels, not an image; pass the image")
+        raise file_error(file, f"no voxel is larger than {len(LABELS)}: labels, not an image; pass the image")
     spacing, dimensions = spacing_of(header, file), image.ndim
     image = image.reshape(*image.shape[:3], -1)
-    slices, grid = to_slices(image, spacing, settings.size, settings.spacing, settings.crop)
+    slices, grid = cine_to_slices(image, spacing, settings.size, settings.spacing, settings.crop)
     slices = torch.from_numpy(slices).unflatten(0, (image.shape[3], image.shape[2]))[:, :, None]
     labels = np.zeros(image.shape, np.uint8, order="F")
     for frame, regions in enumerate(regions_on_own_grid(network, slices, grid, device)):
@@ -178,7 +178,8 @@ def predict_scan(folder, file, network, settings, device):
     (folder / "summary.json").unlink(missing_ok=True)
     write_labels(folder / f"{folder.name}_pred.nii.gz", labels if dimensions == 4 else labels[..., 0], file)
     write_csv(folder / "volumes.csv", VOLUMES, rows)
-    draw_volumes(folder / "volumes.png", image, labels, rows, (ed, es), spacing, _line(folder.name, found))
+    title = _result_line(folder.name, found)
+    draw_volumes(folder / "volumes.png", image, labels, rows, (ed, es), spacing, title)
     return found
 
 
@@ -190,7 +191,7 @@ def _times(header, frames):
     return [frame * step * unit if known else None for frame in range(frames)]
 
 
-def _line(name, found):
+def _result_line(name, found):
     """The results of a scan on one line."""
     missing = f"; no LV in {found['frames_without_LV']} of {found['frames']} frames"
     if found["ED"] is None:

@@ -13,12 +13,12 @@ from scipy.ndimage import distance_transform_edt
 from cardiac import LABELS, REGIONS, trust
 from cardiac.cases import load_labels
 from cardiac.checkpoint import load_network
-from cardiac.files import InputError, digest, hdf5_dataset, made_by, read_json, writing_hdf5
+from cardiac.files import InputError, digest, hdf5_dataset, read_json, redo_command, writing_hdf5
 from cardiac.losses import IGNORED, box_mean, one_hot, region_dice
 from cardiac.metrics import score_case
 from cardiac.networks import RegistrationNetwork, Turned, displacements, refine, register, velocities
-from cardiac.parts import UNKEPT
-from cardiac.settings import WIDEST
+from cardiac.parts import NO_PARTS
+from cardiac.settings import MAX_WIDTH
 from cardiac.slices import SliceStore
 from cardiac.warp import compose, jacobian_determinant, warp
 from cardiac.workers import worker_pool
@@ -34,9 +34,9 @@ def load_registration(out, device):
     trained = read_json(folder / "config.json") if (folder / "best.pt").exists() else {}
     settings = trained.get("settings", {})
     width = settings.get("width", 1)
-    if width not in range(1, WIDEST + 1):
+    if width not in range(1, MAX_WIDTH + 1):
         config = folder / "config.json"
-        what = f"invalid width {width}; {made_by(config)} --overwrite retrains it"
+        what = f"invalid width {width}; {redo_command(config)} --overwrite retrains it"
         raise InputError(f"{config}: {what}")
     network = RegistrationNetwork(settings.get("guided", False), int(width))
     progress = load_network(network, folder / "best.pt", device)
@@ -63,7 +63,8 @@ def intervals(case, frames):
 def harden(regions):
     """Labels (..., H, W) uint8 from soft shares (..., 3, H, W) of LV, MYO and RV; the rest is background."""
     share = regions.amax(-3)  # comparisons take a quarter of the time of `max` with indices
-    lv, myo = (regions.select(-3, k) < share for k in (0, 1))  # where it is not the largest
+    # 1, LV; 2 where LV is not the largest; 3, RV, where MYO is not either; 0 where background is
+    lv, myo = (regions.select(-3, k) < share for k in (0, 1))
     return (1 + lv.to(torch.uint8) + (lv & myo)) * (share > 1 - regions.sum(-3))
 
 
@@ -181,21 +182,22 @@ def carry(network, store, source, frames, steps=0):
     labels = store.expert(case, source).repeat(count, 1, 1)
     fixed = store.images(torch.from_numpy(np.concatenate([case.rows(frame) for frame in frames])))
 
-    def left(displacement):
+    def image_difference(displacement):
         return box_mean((warp(moving, displacement) - fixed)[:, 0].abs(), window=5)
 
-    velocity, origin = velocities(network, moving, fixed, labels), one_hot(labels)
+    velocity, source_regions = velocities(network, moving, fixed, labels), one_hot(labels)
     forth = displacements(velocity, fixed.shape[-2:])
-    residual = unrefined = left(forth)
+    residual = unrefined = image_difference(forth)
     if steps:
         forth = displacements(refine(velocity, moving, fixed, steps), fixed.shape[-2:])
-        residual = left(forth)
-    regions = warp(origin, forth)
+        residual = image_difference(forth)
+    regions = warp(source_regions, forth)
     carried = harden(regions)
     back = register(network, fixed, moving, carried)
-    cycled = one_hot(warp_labels(labels, compose(forth, back)))  # one interpolation: two would erode
-    areas = origin.sum((-2, -1))
-    agreement = 2 * (cycled * origin).sum((-2, -1)) / (areas + cycled.sum((-2, -1))).clamp(min=1)
+    round_trip = one_hot(warp_labels(labels, compose(forth, back)))  # one interpolation: two would erode
+    areas = source_regions.sum((-2, -1))
+    shared = (round_trip * source_regions).sum((-2, -1))
+    agreement = 2 * shared / (areas + round_trip.sum((-2, -1))).clamp(min=1)
     shown = areas > 0  # regions
     confidence = (agreement * shown).sum(1) / shown.sum(1)  # 0 / 0 is NaN: no label
 
@@ -209,7 +211,7 @@ def carry(network, store, source, frames, steps=0):
 
 
 @dataclass
-class Result:
+class PropagatedFrames:
     """Propagated labels of F successive frames of a case, as numpy arrays."""
 
     labels: np.ndarray  # (F, Z, S, S) uint8
@@ -221,7 +223,7 @@ class Result:
 
 
 def propagate_interval(network, store, start, end, frames, trusted, steps=0):
-    """Labels of successive `frames` between two phases of the one case in `store`: a `Result`.
+    """Labels of successive `frames` between two phases of the one case in `store`: a `PropagatedFrames`.
 
     As in the paper: ED's labels warped (ES's if ED's are unknown), with their Dice after the round trip as
     confidence. `trusted`: labels fused, weighted and checked as in `trust.py`. steps: as for `carry`.
@@ -236,23 +238,23 @@ def propagate_interval(network, store, start, end, frames, trusted, steps=0):
     elapsed = elapsed.to(store.device)
     fault = [[""] * case.slices for _ in frames]
     if trusted:
-        regions, certainty, sources = trust.fuse(carried, {start: 1 - elapsed, end: elapsed})
+        regions, pixel_trust, sources = trust.fuse(carried, {start: 1 - elapsed, end: elapsed})
         labels = harden(regions)
         ends = [store.expert(case, case.phases[p]) if p in known else None for p in (start, end)]
         sourced = torch.stack(list(sources.values())).any(0)
         shown = torch.stack([each.present for each in carried.values()]).any(0)
         fault = trust.faults(labels, ends, elapsed, folding, shown & ~sourced, store.cache.spacing**2)
-        confidence = trust.expected_dice(labels, certainty)
+        confidence = trust.expected_dice(labels, pixel_trust)
     else:
         ((phase, only),) = carried.items()
         labels, confidence = harden(only.regions), only.confidence
-        certainty = torch.ones_like(only.residual)
+        pixel_trust = torch.ones_like(only.residual)
         sourced = only.present.expand(len(frames), -1)
         sources = {phase: sourced}
     parts = (torch.where(sourced, each, torch.nan).cpu().numpy() for each in (confidence, folding))
-    certainty = (255 * certainty).round().to(torch.uint8)
-    arrays = labels.cpu().numpy(), certainty.cpu().numpy(), *parts
-    return Result(*arrays, trust.names_of(sources, "+"), fault)
+    pixel_trust = (255 * pixel_trust).round().to(torch.uint8)
+    arrays = labels.cpu().numpy(), pixel_trust.cpu().numpy(), *parts
+    return PropagatedFrames(*arrays, trust.joined_names(sources, "+"), fault)
 
 
 def _dilate(masks, pixels):
@@ -264,12 +266,13 @@ def _dilate(masks, pixels):
 
 # ----------------------------------------------------------------------- quality of the registration itself
 
-QUALITY = ("case", "vendor", "split", "region", "dice_before", "dice_after", "hd95_mm_before",
-           "hd95_mm_after", "folding_percent", "sd_log_jacobian")
+QUALITY_SCORES = ("dice_before", "dice_after", "hd95_mm_before", "hd95_mm_after", "folding_percent",
+                  "sd_log_jacobian")
+QUALITY = ("case", "vendor", "split", "region", *QUALITY_SCORES)
 
 
 @torch.no_grad()
-def score_registration(network, cache, cases, settings, device, parts=UNKEPT):
+def score_registration(network, cache, cases, settings, device, parts=NO_PARTS):
     """ED's label carried to ES against the expert's, in 3-D on each case's own grid: rows of quality.csv.
 
     "before" is the identity. Folding (det J <= 0) and the spread of log det J are taken within 10 mm of
@@ -321,5 +324,5 @@ def _score_own_grid(source, target, warped, spacing, determinant):
     found = {}
     for region in REGIONS:
         scores = [each[region][name] for name in ("dice", "hd95_mm") for each in (before, after)]
-        found[region] = dict(zip(QUALITY[4:], (*scores, folding, spread)))
+        found[region] = dict(zip(QUALITY_SCORES, (*scores, folding, spread)))
     return found

@@ -13,7 +13,7 @@ from PIL import Image
 
 from cardiac import LABELS, REGIONS
 from cardiac.cases import load_case
-from cardiac.evaluation import in_words, mean, number, prediction_path
+from cardiac.evaluation import mean, number, prediction_path, quantity_label
 from cardiac.files import read_csv, replacing, write_bytes
 from cardiac.losses import IGNORED
 from cardiac.networks import register, segment
@@ -95,9 +95,9 @@ def draw_registration(path, network, store, count=4):
     for axes, case in zip(grid, cases):
         z = case.slices // 2
         moving, fixed = (store.frame(case, frame)[z : z + 1] for frame in (case.ed, case.es))
-        known = store.known(case, case.ed)[z : z + 1]
+        known = store.expert_or_ignored(case, case.ed)[z : z + 1]
         displacement = register(network, moving, fixed, known)
-        labels, target = known[0].cpu().numpy(), store.known(case, case.es)[z].cpu().numpy()
+        labels, target = known[0].cpu().numpy(), store.expert_or_ignored(case, case.es)[z].cpu().numpy()
         warped = warp(moving, displacement)[0, 0].cpu().numpy()
         determinant = jacobian_determinant(displacement)[0].cpu().numpy()
         moving, fixed = moving[0, 0].cpu().numpy(), fixed[0, 0].cpu().numpy()
@@ -133,7 +133,7 @@ def draw_segmentation(path, network, store, count=4):
         z = case.slices // 2
         for k, (phase, frame) in enumerate(case.phases.items()):
             image = store.frame(case, frame)[z : z + 1]
-            labels = store.known(case, frame)[z].cpu().numpy()  # no contours where IGNORED
+            labels = store.expert_or_ignored(case, frame)[z].cpu().numpy()  # no contours where IGNORED
             prediction = segment(network, image).argmax(1)[0].cpu().numpy()
             image = image[0, 0].cpu().numpy()
             show_slice(axes[2 * k], image, labels, f"{case.code} {phase}: expert", vmin=0, vmax=1)
@@ -185,7 +185,7 @@ def draw_bland_altman(path, results):
             axes.margins(0.12, 0.15)
             bias, low, high = (number(found[name], "+.1f") for name in ("bias", "loa_low", "loa_high"))
             outside = np.count_nonzero(np.abs(difference) > 110) if "EF" in quantity else 0
-            title = in_words(quantity) + (f"; {outside} not shown" if outside else "")
+            title = quantity_label(quantity) + (f"; {outside} not shown" if outside else "")
             title += f"\nbias {bias}" + (f" [{low}, {high}]" if low else "")
             axes.set_title(title, fontsize=9)
             axes.set_ylabel(f"{model} - expert", fontsize=9)

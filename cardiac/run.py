@@ -13,21 +13,21 @@ from concurrent.futures import BrokenExecutor
 import torch
 
 from cardiac import parallel
-from cardiac.files import InputError, digest, locked, read_json, shown, write_json
+from cardiac.files import InputError, digest, locked, printable, read_json, write_json
 from cardiac.parts import PARTS
 
 # in this order by --overwrite: first what marks progress, last the settings
-REMOVED = {"last.pt": -1, "labels.h5": -1, "summary.json": -1, PARTS: -1, "config.json": 1}
+REMOVAL_ORDER = {"last.pt": -1, "labels.h5": -1, "summary.json": -1, PARTS: -1, "config.json": 1}
 
 
 class Terminated(BaseException):
     """Raised on SIGTERM. Like KeyboardInterrupt, no `except Exception` swallows it."""
 
 
-WAYS_OUT = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+SIGNAL_ERRORS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 # CUDA's messages, in errors other than OutOfMemoryError, for a full GPU and one that torch cannot use
-FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-UNUSABLE = ("no kernel image is available", "busy or unavailable")
+GPU_FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+GPU_UNUSABLE = ("no kernel image is available", "busy or unavailable")
 EMPTIED = set()  # folders that --overwrite has emptied in this run of a script
 
 
@@ -44,7 +44,7 @@ def script(main):
 
         def leave(number, frame):
             arrived.append(number)
-            raise WAYS_OUT[number]
+            raise SIGNAL_ERRORS[number]
 
         try:
             with _handlers(leave), parallel.process_group():
@@ -54,31 +54,31 @@ def script(main):
             if parallel.RANK and "closed by peer" in str(error):
                 return 1  # the first process has ended and reports why
             # compiled code hit by the signal may have turned it into another exception
-            error = WAYS_OUT[arrived[0]]() if arrived else error
-            found = _last_words(error)
+            error = SIGNAL_ERRORS[arrived[0]]() if arrived else error
+            found = _exit_message(error)
             if not found:
                 raise
             message, code = found
-            befell_one = not isinstance(error, (InputError, *WAYS_OUT.values()))
+            only_here = not isinstance(error, (InputError, *SIGNAL_ERRORS.values()))
         if code > 2:
             message += "; the same command resumes from here"
             if EMPTIED:
                 message += ", without --overwrite"
-        if parallel.RANK == 0 or befell_one:
-            print(f"{os.path.basename(sys.argv[0])}: {shown(message)}", file=sys.stderr)
+        if parallel.RANK == 0 or only_here:
+            print(f"{os.path.basename(sys.argv[0])}: {printable(message)}", file=sys.stderr)
         return code
 
     @functools.wraps(main)
     def entry(argv=None):
         code = run(argv)
         if parallel.LAUNCHED:
-            parallel.leave(code)
+            parallel.exit_process(code)
         return code
 
     return entry
 
 
-def _last_words(error):
+def _exit_message(error):
     """(one line, exit code) for an error that ends a script; None for a bug, which keeps its traceback."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
@@ -87,9 +87,9 @@ def _last_words(error):
     if isinstance(error, InputError):
         return str(error), 2
     text = str(error)
-    if isinstance(error, torch.cuda.OutOfMemoryError) or any(words in text for words in FULL):
+    if isinstance(error, torch.cuda.OutOfMemoryError) or any(words in text for words in GPU_FULL):
         return "out of GPU memory: lower --size, --batch-size, --channels or --width, or use --device cpu", 2
-    if any(words in text for words in UNUSABLE):
+    if any(words in text for words in GPU_UNUSABLE):
         what = "free the GPU, install a PyTorch that is built for it, or use --device cpu"
         return f"{text.splitlines()[0]}: {what}", 2
     # a worker killed by the kernel leaves only a BrokenExecutor; the text is torch's
@@ -106,7 +106,7 @@ def _handlers(handler):
     """Let `handler` handle Ctrl-C and SIGTERM inside the block; possible only in the main thread."""
     previous = {}
     with contextlib.suppress(ValueError):
-        previous = {number: signal.signal(number, handler) for number in WAYS_OUT}
+        previous = {number: signal.signal(number, handler) for number in SIGNAL_ERRORS}
     try:
         yield
     finally:
@@ -116,7 +116,7 @@ def _handlers(handler):
 
 @contextlib.contextmanager
 def deferred_signals():
-    """Defer Ctrl-C and SIGTERM inside the block; yields `leave_if_asked(save)`, to be called between steps.
+    """Defer Ctrl-C and SIGTERM inside the block; yields `stop_if_signalled(save)`, to call between steps.
 
     It saves and exits if a signal has arrived. A second signal exits at once, without saving.
     """
@@ -124,16 +124,16 @@ def deferred_signals():
 
     def note(number, frame):
         if arrived:
-            raise WAYS_OUT[number]
+            raise SIGNAL_ERRORS[number]
         arrived.append(number)
 
-    def leave_if_asked(save):
+    def stop_if_signalled(save):
         if arrived:
             save()
-            raise WAYS_OUT[arrived[0]]
+            raise SIGNAL_ERRORS[arrived[0]]
 
     with _handlers(note):
-        yield leave_if_asked
+        yield stop_if_signalled
 
 
 def choose_device(name):
@@ -192,7 +192,7 @@ def run_lock(settings, name):
 
 def _empty(folder):
     """Remove a run; if killed meanwhile, what is left counts as a run that has not begun."""
-    for path in sorted(folder.iterdir(), key=lambda path: REMOVED.get(path.name, 0)):
+    for path in sorted(folder.iterdir(), key=lambda path: REMOVAL_ORDER.get(path.name, 0)):
         if not path.is_dir():
             path.unlink()
         elif not (path / "config.json").exists():  # another run's: evaluation/NAME
@@ -213,26 +213,26 @@ def remove_runs(settings, names):
                 _empty(folder)
 
 
-def check_run(settings, name, cases, learned=None, labels=None, beside=False):
+def check_run(settings, name, cases, learned=None, labels=None, compare_only=False):
     """What identifies the run in the folder OUT/name, for its config.json: {"dataset", "cases", "labels"}.
 
     cases: of the dataset; learned: those trained and validated on, with their labels, None without training;
     labels: `Propagated.digest` of the propagated labels trained on, None without any. Raises InputError if
-    the folder holds a run on others, unless --overwrite is to remove it. beside: this call only compares with
-    the run and does not write to it: its propagated labels do not matter, nor does --overwrite.
+    the folder holds a run on others, unless --overwrite is to remove it. compare_only: this call does not
+    write to the run: its propagated labels do not matter, nor does --overwrite.
     """
     config = settings.out / name / "config.json"
-    learned = None if learned is None else learnt_digest(learned)
+    learned = None if learned is None else training_digest(learned)
     made_of = {"dataset": dataset_identity(cases), "cases": learned}
-    made_of |= {} if beside else {"labels": labels}
-    stored = read_json(config) if config.exists() and (beside or not settings.overwrite) else made_of
-    anew = "use --labels both --overwrite" if beside else "use --overwrite"
-    ways = {"dataset": f"another dataset; {anew}",
-            "cases": f"cases of Training or Validation that have since changed or been added; {anew}",
-            "labels": "other propagated labels; use --labels propagated --overwrite"}
+    made_of |= {} if compare_only else {"labels": labels}
+    stored = read_json(config) if config.exists() and (compare_only or not settings.overwrite) else made_of
+    anew = "use --labels both --overwrite" if compare_only else "use --overwrite"
+    advice = {"dataset": f"another dataset; {anew}",
+              "cases": f"cases of Training or Validation that have since changed or been added; {anew}",
+              "labels": "other propagated labels; use --labels propagated --overwrite"}
     for what, identity in made_of.items():
         if stored.get(what, identity) != identity:
-            raise InputError(f"{config.parent}: holds a run on {ways[what]} or choose another --out")
+            raise InputError(f"{config.parent}: holds a run on {advice[what]} or choose another --out")
     return {what: identity for what, identity in made_of.items() if what in stored}  # older runs have fewer
 
 
@@ -250,6 +250,6 @@ def cases_digest(cases):
     return digest(json.dumps([case.identity() for case in cases]))
 
 
-def learnt_digest(cases):
-    """A digest of what is learnt from these cases, `CachedCase.learnt`."""
-    return digest(json.dumps([case.learnt() for case in cases]))
+def training_digest(cases):
+    """A digest of what is learnt from these cases, `CachedCase.training_identity`."""
+    return digest(json.dumps([case.training_identity() for case in cases]))

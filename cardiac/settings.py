@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from cardiac.files import InputError, Parser, made_by, read_json
+from cardiac.files import InputError, Parser, read_json, redo_command
 from cardiac.parallel import processes
 
-WIDEST = 16  # times VoxelMorph's channels
+MAX_WIDTH = 16  # times VoxelMorph's channels
 
 
 def setting(default, help, **options):
@@ -18,6 +18,13 @@ def setting(default, help, **options):
     return field(default=default, metadata={"help": help, **options})
 
 
+LIMITS = {  # the least and the largest value of a number
+    "size": (16, 4096), "spacing": (0.05, 100), "seed": (0, 2**63 - 1), "lr": (1e-9, 1000),
+    "width": (1, MAX_WIDTH), "batch_size": (1, 1e15), "epochs": (1, 1e15), "max_steps": (1, 1e15),
+    "steps_per_epoch": (1, 1e15), "channels": (1, 1e15), "labelled_cases": (1, 1e15), "workers": (0, 1e15),
+    "patience": (0, 1e15), "refine": (0, 1e15), "smoothness": (0, 1e15), "dice_weight": (0, 1e15),
+    "difference_weight": (0, 1e15), "averaging": (0, 1), "labelled_share": (0, 1), "expert_share": (0, 1),
+}
 LABELLED_PHASES = setting("both", "phases whose expert labels are used; the others serve only for scoring",
                           choices=("ED", "ES", "both"))
 LABELLED_CASES = setting(None, "use the labels of only N Training patients, chosen by seed (default: all)",
@@ -29,7 +36,7 @@ class Settings:
     """The settings of all four scripts."""
 
     STRONG: ClassVar = {"crop": "motion"}  # the defaults that --recipe strong changes
-    REMADE: ClassVar = False  # whether results are redone, not refused, if an earlier run has changed
+    REDONE: ClassVar = False  # whether results are redone, not refused, if an earlier run has changed
 
     data: Path = setting(None, "dataset in the layout of M&Ms or ACDC", required=True)
     out: Path = setting(Path("runs"), "folder of this run")
@@ -49,14 +56,7 @@ class Settings:
 
     def check(self):
         """Raise InputError for a value that cannot work, before any work is done."""
-        counts = ("batch_size", "epochs", "max_steps", "steps_per_epoch", "channels", "labelled_cases")
-        limits = dict.fromkeys(counts, (1, 1e15))
-        weights = ("smoothness", "dice_weight", "difference_weight")
-        limits |= dict.fromkeys(("workers", "patience", "refine", *weights), (0, 1e15))
-        limits |= dict.fromkeys(("averaging", "labelled_share", "expert_share"), (0, 1))
-        limits |= {"size": (16, 4096), "spacing": (0.05, 100), "seed": (0, 2**63 - 1), "lr": (1e-9, 1000)}
-        limits["width"] = 1, WIDEST
-        for name, (least, largest) in limits.items():
+        for name, (least, largest) in LIMITS.items():
             value = getattr(self, name, None)
             if value != getattr(type(self), name, None) and not least <= value <= largest:
                 flag = f"--{name.replace('_', '-')}"
@@ -125,7 +125,7 @@ class PropagationSettings(Settings):
     """`propagate_labels.py`."""
 
     STRONG: ClassVar = {**Settings.STRONG, "trust": True, "refine": 10}
-    REMADE: ClassVar = True
+    REDONE: ClassVar = True
     trust: bool = setting(False, "fuse ED's and ES's labels, weight all pixels, check all slices (trust.py)")
     refine: int = setting(0, "steps of Adam that fit each velocity to its own two images")
     frames: str = setting("systole", "systole: ED to ES; all: diastole too", choices=("systole", "all"))
@@ -173,8 +173,8 @@ class EvaluationSettings(Settings):
 SHARED = ("size", "spacing", "crop", "seed", "recipe", "labelled_phases", "labelled_cases", "channels",
           "skip_bad")
 # specific to each call, never taken
-HERE = ("data", "out", "cache", "device", "workers", "overwrite", "labels", "profile")
-BUDGET = ("epochs", "max_steps", "nifti", "skip_bad")  # taken, but may be changed when a run is resumed
+PER_CALL = ("data", "out", "cache", "device", "workers", "overwrite", "labels", "profile")
+MAY_CHANGE = ("epochs", "max_steps", "nifti", "skip_bad")  # taken, but may be changed when a run is resumed
 
 
 def parse(kind, argv, description, own=(), earlier=()):
@@ -184,7 +184,7 @@ def parse(kind, argv, description, own=(), earlier=()):
     it, and a typed one that contradicts it is an InputError (unless --overwrite). If this call does not write
     to it, a run still gives its settings, but typed ones may differ, unless they are SHARED or name the
     patients to validate on. earlier: folders of the preceding scripts, which give the SHARED settings, such
-    as size and spacing, in the same way. If results are REMADE with another recipe than that of the run in
+    as size and spacing, in the same way. If results are REDONE with another recipe than that of the run in
     `own`, what the recipes differ in is taken from the new one.
     """
     typed = vars(_command_line(kind, description, earlier).parse_args(argv))
@@ -201,7 +201,7 @@ def parse(kind, argv, description, own=(), earlier=()):
         stored = _stored(settings.out / folder)
         if folder in earlier:
             stored = {name: value for name, value in stored.items() if name in SHARED}
-        elif stored and not kind.REMADE:  # a setting that did not exist then is off, whatever the recipe
+        elif stored and not kind.REDONE:  # a setting that did not exist then is off, whatever the recipe
             stored = {**vars(kind()), **stored}
         if folder in others:  # typed settings may differ there
             stored.pop("skip_bad", None)  # the registration's counts
@@ -211,7 +211,7 @@ def parse(kind, argv, description, own=(), earlier=()):
             stored.pop("max_steps", None)
         recipe = settings.recipe
         _merge(settings, known, stored, settings.out / folder, folder in written)
-        if kind.REMADE and folder in earlier and settings.recipe != recipe:
+        if kind.REDONE and folder in earlier and settings.recipe != recipe:
             for name in (name for name in kind.STRONG if known.get(name) and name not in SHARED):
                 del known[name]
                 setattr(settings, name, getattr(kind, name))
@@ -267,7 +267,7 @@ def _stored(folder):
         return {}
     stored = read_json(config)
     if not isinstance(stored.get("settings"), dict):
-        raise InputError(f"{config}: not the settings of a run; {made_by(config)} --overwrite redoes it")
+        raise InputError(f"{config}: not the settings of a run; {redo_command(config)} --overwrite redoes it")
     return stored["settings"]
 
 
@@ -276,13 +276,13 @@ def _merge(settings, known, stored, folder, written):
     whether typed or from another run, must not contradict those. Runs may differ in their seed: the first one
     counts. written: whether this call writes to `folder`.
     """
-    for name in (item.name for item in dataclasses.fields(settings) if item.name not in HERE):
+    for name in (item.name for item in dataclasses.fields(settings) if item.name not in PER_CALL):
         if name not in stored:
             continue
         value, flag = getattr(settings, name), "--" + name.replace("_", "-")
         giver = known.get(name)  # None: not yet known; "": the command line
-        may_differ = (*BUDGET, "seed") if giver else BUDGET
-        if giver is None or (giver and settings.REMADE):
+        may_differ = (*MAY_CHANGE, "seed") if giver else MAY_CHANGE
+        if giver is None or (giver and settings.REDONE):
             setattr(settings, name, stored[name])
             known[name] = f" of {folder}"
         elif value != stored[name] and name not in may_differ:

@@ -15,7 +15,7 @@ from cardiac.losses import IGNORED
 from cardiac.parallel import ON_THIS_HOST, share
 
 # bytes of GPU memory left to training besides its slices: enough for 16 of 192 x 192, 32 channels, float32
-NETWORK = 3e9
+TRAINING_BYTES = 3e9
 
 
 def step_generator(seed, step):
@@ -29,8 +29,8 @@ class SliceStore:
 
     cases: the cases, with their rows renumbered for this store. labels: (M + 1, S, S) uint8 on the device;
     the last row is all IGNORED, so that row -1 stands for "no expert label". what: a name to print with size
-    and place. place: "device", "host" or "file"; by default the first that has room. memory: where `rows_of`
-    gathers batches, the device or, for "host" and "file", the CPU.
+    and place. place: "device", "host" or "file"; by default the first that has room. gather_device: where
+    `take_rows` gathers batches, the device or, for "host" and "file", the CPU.
     """
 
     def __init__(self, cache, cases, device, what=None, place=None):
@@ -42,11 +42,11 @@ class SliceStore:
         rows = counts["images"]
         shape = (rows, cache.size, cache.size)
         place = place or _place(rows * cache.size**2 * 2, device)
-        self.place, self.memory = place, device if place == "device" else torch.device("cpu")
+        self.place, self.gather_device = place, device if place == "device" else torch.device("cpu")
         if place == "file":
             self._rows = torch.cat([torch.arange(*each) for each in ranges])
         else:
-            self._images = _read_images(cache, ranges, shape, self.memory)
+            self._images = _read_images(cache, ranges, shape, self.gather_device)
         labels = np.full((counts["labels"] + 1, *shape[1:]), IGNORED, np.uint8)
         cache.file.read("labels", label_ranges, labels)
         self.labels = torch.from_numpy(labels).to(device)
@@ -60,16 +60,16 @@ class SliceStore:
         if self.place == "file":
             slices = np.empty((len(rows), self.cache.size, self.cache.size), np.float16)
             self.cache.file.read("images", ((row, row + 1) for row in self._rows[rows].tolist()), slices)
-            return self._sent(torch.from_numpy(slices))[:, None].float()
-        return self.rows_of(self._images, rows)[:, None].float()
+            return self._to_device(torch.from_numpy(slices))[:, None].float()
+        return self.take_rows(self._images, rows)[:, None].float()
 
-    def rows_of(self, tensor, rows):
-        """These rows, (B,) on the CPU, of a tensor in `memory`, brought to the device."""
+    def take_rows(self, tensor, rows):
+        """These rows, (B,) on the CPU, of a tensor in `gather_device`, brought to the device."""
         if self.place == "device":
             return tensor[rows.to(self.device, non_blocking=True)]
-        return self._sent(tensor[rows])
+        return self._to_device(tensor[rows])
 
-    def _sent(self, tensor):
+    def _to_device(self, tensor):
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()  # copied while the CPU continues
         return tensor.to(self.device, non_blocking=True)
@@ -82,10 +82,10 @@ class SliceStore:
         """The expert labels of ED or ES of one of this store's cases: (Z, S, S) uint8 on the device."""
         return self.labels[torch.from_numpy(case.label_rows(frame)).to(self.device)]
 
-    def known(self, case, frame):
+    def expert_or_ignored(self, case, frame):
         """`expert`, or all IGNORED in a frame without known expert labels."""
         if frame in case.expert:
-            return self.expert(case, frame)
+            return self.expert_count(case, frame)
         return self.labels[-1:].expand(case.slices, -1, -1)
 
 
@@ -108,7 +108,7 @@ def _read_images(cache, ranges, shape, device):
 
 def _place(size, device):
     """Where `size` bytes of slices and as many of labels and trust fit: "device", "host" or "file"."""
-    if device.type == "cuda" and 2 * size + NETWORK < torch.cuda.mem_get_info(device)[0]:
+    if device.type == "cuda" and 2 * size + TRAINING_BYTES < torch.cuda.mem_get_info(device)[0]:
         return "device"
     with open("/proc/meminfo") as file:  # free memory and what the file cache can release
         available = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
@@ -180,7 +180,7 @@ class LabelledSlices:
         places = [(case, frame) for case in store.cases for frame in case.expert]
         self.rows = torch.from_numpy(np.concatenate([case.rows(frame) for case, frame in places]))
         labels = [store.expert(case, frame).cpu() for case, frame in places]
-        self.expert = len(self.rows)
+        self.expert_count = len(self.rows)
         trust = np.full((1, *labels[0].shape[1:]), 255, np.uint8)
         if propagated is not None:
             cases = {case.code: case for case in store.cases}
@@ -191,8 +191,8 @@ class LabelledSlices:
             labels.append(torch.from_numpy(propagated.labels[used]))
             if propagated.trust is not None:
                 trust = np.concatenate([propagated.trust[used], trust])
-        self.labels = torch.cat(labels).to(store.memory)
-        self.trust = torch.from_numpy(trust).to(store.memory)
+        self.labels = torch.cat(labels).to(store.gather_device)
+        self.trust = torch.from_numpy(trust).to(store.gather_device)
 
     def __len__(self):
         return len(self.rows)
@@ -201,14 +201,15 @@ class LabelledSlices:
         """This process's share of a step: images (B, 1, S, S), labels and trust (B, S, S) uint8."""
         generator = step_generator(seed, step)
         which = torch.randint(len(self), (batch_size,), generator=generator)
-        propagated = len(self) - self.expert
+        propagated = len(self) - self.expert_count
         if self.expert_share > 0 and propagated:
             chance = torch.rand(2, batch_size, generator=generator)
             # rounded down before adding: the sum of floats could round up to len(self)
-            one, other = ((chance[1] * count).long() for count in (self.expert, propagated))
-            which = torch.where(chance[0] < self.expert_share, one, self.expert + other)
+            one, other = ((chance[1] * count).long() for count in (self.expert_count, propagated))
+            which = torch.where(chance[0] < self.expert_share, one, self.expert_count + other)
         which = share(which)
-        trust = torch.where(which < self.expert, -1, which - self.expert).clamp(max=len(self.trust) - 1)
+        trust = torch.where(which < self.expert_count, -1, which - self.expert_count)
+        trust = trust.clamp(max=len(self.trust) - 1)  # without trust maps, the row of full trust
         store = self.store
-        labels, trust = store.rows_of(self.labels, which), store.rows_of(self.trust, trust)
+        labels, trust = store.take_rows(self.labels, which), store.take_rows(self.trust, trust)
         return store.images(self.rows[which]), labels, trust

@@ -24,14 +24,14 @@ from tqdm import tqdm
 
 from cardiac import parallel
 from cardiac.checkpoint import Progress, restore, write_checkpoint
-from cardiac.files import InputError, made_by, replacing, write_bytes, write_csv
+from cardiac.files import InputError, redo_command, replacing, write_bytes, write_csv
 from cardiac.networks import mixed_precision
 from cardiac.run import amend_config, deferred_signals
 
 READ_EVERY = 20  # steps between two reads of the losses: each read waits for the device
 SAVE_EVERY = 60  # seconds of work that a kill may cost, at most
-BEST_BEFORE = ".best.pt"  # that of whole epochs, while a partial epoch's is best.pt
-HELP = "last.pt is older; a lower --lr may help (with --overwrite)"
+BEST_OF_WHOLE_EPOCHS = ".best.pt"  # that of whole epochs, while a partial epoch's is best.pt
+ADVICE = "last.pt is older; a lower --lr may help (with --overwrite)"
 
 
 def fit(task, settings, folder, device, outcome="curves.png"):
@@ -54,7 +54,7 @@ def fit(task, settings, folder, device, outcome="curves.png"):
     meter = run.begin()
     profiling = settings.profile and first
     profiler = profile_steps(folder, device, meter.bar) if profiling else contextlib.nullcontext()
-    with deferred_signals() as leave_if_asked, meter.bar, profiler:
+    with deferred_signals() as stop_if_signalled, meter.bar, profiler:
         while not run.finished:
             if progress.step < total:  # else it had stopped within an epoch, which now ends there
                 run.step()
@@ -65,7 +65,7 @@ def fit(task, settings, folder, device, outcome="curves.png"):
             elif time.perf_counter() - meter.saved > SAVE_EVERY:
                 run.save()
             if first:  # others that leave would abandon it in mid-step
-                leave_if_asked(run.save)
+                stop_if_signalled(run.save)
     row = progress.rows[-1]
     print(f"{row['samples_per_second']:.0f} samples/s in the last epoch, {row['waiting_percent']:.1f} % of "
           f"its time waiting for data, peak memory {row['memory_gb']:.1f} GB", flush=True)
@@ -88,8 +88,8 @@ class Run:
             self.progress = restore(folder / "last.pt", device, **self.parts)
             best = folder / "best.pt"
             if self.progress.rows and not best.exists():
-                anew = f"{made_by(best)} --overwrite retrains it"
-                raise InputError(f"{best}: missing; restore it, or {anew}")
+                what = f"missing; restore it, or {redo_command(best)} --overwrite retrains it"
+                raise InputError(f"{best}: {what}")
 
     @property
     def finished(self):
@@ -107,9 +107,9 @@ class Run:
         scores = [row["score"] for row in progress.rows if not math.isnan(row["score"])]
         progress.best = max(scores, default=-math.inf)
         self.meter = Meter(progress, settings.total_steps, settings.batch_size, self.device)
-        if parallel.RANK == 0 and (self.folder / BEST_BEFORE).exists():
+        if parallel.RANK == 0 and (self.folder / BEST_OF_WHOLE_EPOCHS).exists():
             self.save()  # first: if killed in between, last.pt no longer includes the partial epoch
-            os.replace(self.folder / BEST_BEFORE, self.folder / "best.pt")
+            os.replace(self.folder / BEST_OF_WHOLE_EPOCHS, self.folder / "best.pt")
         return self.meter
 
     def step(self):
@@ -121,7 +121,7 @@ class Run:
             losses = self.task.losses(batch)
         self.optimizer.zero_grad()
         losses["loss"].backward()
-        losses = parallel.average(self.network, losses)
+        losses = parallel.average_gradients(self.network, losses)
         self.optimizer.step()
         self.progress.step += 1
         self.average.update(self.progress.step)
@@ -144,7 +144,7 @@ class Run:
         best = self.folder / "best.pt"
         if scores["score"] > progress.best or not best.exists():  # never for NaN; at first there is none
             if parallel.RANK == 0 and not whole and len(progress.rows) > 1:
-                write_bytes(self.folder / BEST_BEFORE, best.read_bytes())
+                write_bytes(self.folder / BEST_OF_WHOLE_EPOCHS, best.read_bytes())
             progress.best = max(progress.best, scores["score"])
             with self.average.applied():
                 self.save("best.pt")
@@ -164,7 +164,7 @@ class Run:
             return
         self.meter.read()
         if not all(weight.isfinite().all() for weight in self.network.parameters()):
-            raise InputError(f"the weights are not finite after step {self.progress.step}; {HELP}")
+            raise InputError(f"the weights are not finite after step {self.progress.step}; {ADVICE}")
         parts = self.parts if name == "last.pt" else {"network": self.network}  # best.pt is never resumed
         state = {part: value.state_dict() for part, value in parts.items()}
         write_checkpoint(self.folder / name, {**state, "progress": dataclasses.asdict(self.progress)})
@@ -277,7 +277,7 @@ class Meter:
     def read(self):
         """Bring the sums to `progress`; returns the means over the current epoch. Waits for the device."""
         if math.isfinite(self.first_bad.item()):
-            raise InputError(f"the loss is not finite from step {int(self.first_bad.item())} on; {HELP}")
+            raise InputError(f"the loss is not finite from step {int(self.first_bad.item())} on; {ADVICE}")
         now = time.perf_counter()
         self.progress.seconds += now - self.clock
         self.clock = now

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from cardiac import LABELS
 from cardiac.losses import one_hot
 
-RULES = 7  # version of the rules: older labels.h5 are redone
+RULES_VERSION = 7  # version of the rules: older labels.h5 are redone
 # Image difference, as a share of the case's intensity window, at which a label is right e times less often
 # than without any; `experiments/trust_scales.py` finds the maximum-likelihood value.
-RESIDUAL = 1.5
+RESIDUAL_SCALE = 1.5
 FOLDING_PERCENT = 0.5  # of the pixels near the heart; a slice with more is dropped
 OPEN_SHARE = 0.05  # largest share of an enclosed LV's border that is not myocardium
 WALL_CHANGE, LV_CHANGE = 0.15, 0.15  # tolerated area change: off interpolation, off neighbours in time
-LEAST_MM2 = 40.0  # tolerated on top of both
+AREA_TOLERANCE_MM2 = 40.0  # tolerated on top of both
 # How often the outermost slice with LV, MYO, RV at ED has none at ES, in 70 patients of ACDC.
 GONE_AT_ES = {"base": (0.26, 0.26, 0.73), "apex": (0.30, 0.20, 0.43)}
 
@@ -37,25 +37,30 @@ def fuse(carried, nearness):
     it at an unknown time) uses that phase's label only in the nearer half of the interval, and only until the
     frames look more like the other phase's image (`_still_shown`); its trust falls with time. If ES is
     unknown, a region's share in its outermost slices shrinks with the probability that the heart's shortening
-    has drawn it out of the slice by then (`left_behind`): above one half, it becomes background; a slice that
-    shows nothing else has no label left (`faults`).
+    has drawn it out of the slice by then (`loss_probability`): above one half, it becomes background; a slice
+    that shows nothing else has no label left (`faults`).
 
     A pixel's trust is the share of its label among the guesses, times how well they fit: by the image
-    difference after warping, and by the slice's Dice with itself after the round trip.
+    difference after warping, and by the slice's Dice with itself after the round trip. Over phases p:
+
+        fit_p   = exp(-difference_p / RESIDUAL_SCALE) x (round-trip Dice)_p
+        w_p     = nearness_p x fit_p
+        regions = sum_p w_p regions_p / sum_p w_p
+        trust   = (sum_p w_p fit_p / sum_p w_p) x share of the label
     """
     sources = {phase: each.present.expand(len(each.regions), -1) for phase, each in carried.items()}
     if len(carried) == 2:
-        for phase, rest in zip(carried, reversed(carried)):
+        for phase, other in zip(carried, reversed(carried)):
             nearer_half = (nearness[phase] >= 0.5)[:, None]
-            alone = nearer_half & _still_shown(carried[phase], carried[rest], nearness[phase])
-            sources[phase] = carried[phase].present & (carried[rest].present | alone)
+            alone = nearer_half & _still_shown(carried[phase], carried[other], nearness[phase])
+            sources[phase] = carried[phase].present & (carried[other].present | alone)
     shares = {phase: each.regions for phase, each in carried.items()}
     if "ES" not in carried:
-        gone = left_behind(carried["ED"].pixels) * (1 - nearness["ED"])[:, None, None]
+        gone = loss_probability(carried["ED"].pixels) * (1 - nearness["ED"])[:, None, None]
         shares["ED"] = shares["ED"] * (1 - gone)[..., None, None]
     weights, fits = {}, {}
     for phase, each in carried.items():
-        fit = torch.exp(-each.residual / RESIDUAL)
+        fit = torch.exp(-each.residual / RESIDUAL_SCALE)
         fits[phase] = fit * each.confidence.nan_to_num()[..., None, None]
         near = sources[phase] * nearness[phase][:, None].clamp(min=0.01)
         weights[phase] = near[..., None, None] * fits[phase].clamp(min=1e-6)
@@ -77,7 +82,7 @@ def base_first(pixels):
     return sum(total[:half]) >= sum(total[len(total) - half :])
 
 
-def left_behind(pixels):
+def loss_probability(pixels):
     """The probability (Z, 3) that a slice with a region at ED has lost it at ES; pixels: (Z, 3) at ED.
 
     The base descends by one to two slices, and the cavities close at the apex. Regions in only one or two
@@ -158,17 +163,17 @@ def faults(labels, ends, elapsed, folding, given_up, pixel_mm2):
     if len(known) == 2:
         start, end = (areas(each, "MYO", pixel_mm2) for each in ends)
         expected = torch.lerp(start.float(), end.float(), elapsed[:, None])
-        off = (areas(labels, "MYO", pixel_mm2) - expected).abs() > WALL_CHANGE * expected + LEAST_MM2
+        off = (areas(labels, "MYO", pixel_mm2) - expected).abs() > WALL_CHANGE * expected + AREA_TOLERANCE_MM2
         found["wall area"] = off & (start > 0) & (end > 0)
         interval = torch.cat([ends[0][None], labels, ends[1][None]])
         cavity = areas(interval, "LV", pixel_mm2).float()
         middle = (cavity[:-2] + cavity[2:]) / 2
-        jumps = (cavity[1:-1] - middle).abs() > LV_CHANGE * cavity.amax(0) + LEAST_MM2
+        jumps = (cavity[1:-1] - middle).abs() > LV_CHANGE * cavity.amax(0) + AREA_TOLERANCE_MM2
         found["LV area jumps"] = jumps & (start > 0) & (end > 0)
-    return names_of(found, "; ")
+    return joined_names(found, "; ")
 
 
-def names_of(masks, between):
+def joined_names(masks, between):
     """The names of the masks {name: (F, Z) bool} that are True, joined in one text each: an (F, Z) list."""
     holding = torch.stack(list(masks.values()), -1).tolist()
     return [[between.join(compress(masks, flags)) for flags in frame] for frame in holding]

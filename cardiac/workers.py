@@ -9,7 +9,7 @@ import threading
 from concurrent.futures import ProcessPoolExecutor
 
 # libraries in use here that take long to import
-SLOW = ("torch", "h5py", "nibabel", "scipy.ndimage", "scipy.sparse", "matplotlib.figure")
+SLOW_IMPORTS = ("torch", "h5py", "nibabel", "scipy.ndimage", "scipy.sparse", "matplotlib.figure")
 
 
 @contextlib.contextmanager
@@ -27,7 +27,7 @@ def worker_pool(workers, jobs):
     context = multiprocessing.get_context("forkserver")
     # slow to import: once, not in every worker. Not our own modules, which the server would look for in the
     # working directory first; "__main__" would load nothing (both seen in Python 3.11).
-    context.set_forkserver_preload([name for name in SLOW if name in sys.modules])
+    context.set_forkserver_preload([name for name in SLOW_IMPORTS if name in sys.modules])
     with ProcessPoolExecutor(count, context, _end_with_parent) as pool:
 
         def run(function, arguments):

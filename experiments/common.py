@@ -80,7 +80,7 @@ def results(path, columns, jobs, run, words, others=()):
 
 def phantom_in(folder):
     """The phantom dataset in a folder, written where there is none."""
-    if not phantom.is_whole(folder):
+    if not phantom.is_complete(folder):
         phantom.write_phantom(folder)
     return folder
 

@@ -22,7 +22,7 @@ from cardiac.evaluation import aligned
 from cardiac.networks import Mirrored, SegmentationNetwork
 from cardiac.phantom import true_labels
 from cardiac.propagation import Propagated
-from cardiac.run import choose_device, learnt_digest
+from cardiac.run import choose_device, training_digest
 from cardiac.settings import EvaluationSettings, PropagationSettings, parse
 
 RECIPES = ("paper", "strong")
@@ -54,7 +54,7 @@ def train_and_score(model, out, common, seed, words, cache, recipe):
     shutil.copytree(out / "registered" / "propagation", place / "propagation", dirs_exist_ok=True)
     if model == "oracle":
         cases = [case for case in cache.split("Training") if case.labelled]
-        made_from = f"the phantom's truth, {learnt_digest(cases)}"
+        made_from = f"the phantom's truth, {training_digest(cases)}"
         oracle_labels(cache).write(place / "propagation" / "labels.h5", made_from)
     kind = "original" if model == "original" else "propagated"
     grid = ["--size", words.size, "--spacing", words.spacing, "--channels", words.channels]

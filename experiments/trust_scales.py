@@ -53,7 +53,7 @@ def carried_pixels(network, cache, case, device, steps):
         rv = [(labels[z] == LABELS["RV"]).any() for labels in (found, expert)]
         slices.append([*scores, float(not rv[1]) if rv[0] else np.nan])
     outermost = []
-    for z, region in trust.left_behind(carried.pixels).nonzero().tolist():
+    for z, region in trust.loss_probability(carried.pixels).nonzero().tolist():
         first = next(each for each in shown if carried.pixels[each, region])
         outermost.append(("base" if z == first else "apex", region, not (expert[z] == region + 1).any()))
     return pixels, slices, outermost
@@ -61,7 +61,7 @@ def carried_pixels(network, cache, case, device, steps):
 
 def likeliest_scale(residual, certainty, right):
     """The scale of the residual that makes `right` likeliest, its probability being trust as it would be."""
-    rest = certainty * np.exp(residual / trust.RESIDUAL)
+    rest = certainty * np.exp(residual / trust.RESIDUAL_SCALE)
 
     def surprise(scale):
         log_p = np.log(rest.clip(1e-6)) - residual / scale
@@ -88,7 +88,7 @@ def main():
         f"{len(cases)} cases, {right.size} pixels near the carried labels, {100 * right.mean():.1f} % right"
     )
     scale = likeliest_scale(residual, certainty, right)
-    print(f"likeliest scale of the residual: {scale:.2f}; in use {trust.RESIDUAL}")
+    print(f"likeliest scale of the residual: {scale:.2f}; in use {trust.RESIDUAL_SCALE}")
     edges = np.quantile(certainty, np.linspace(0, 1, 6))
     fifth = np.searchsorted(edges[1:-1], certainty)
     lines = [["fifth of the pixels, by trust", "mean trust", "right"]]

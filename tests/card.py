@@ -147,7 +147,7 @@ def _to_card(tree):
 
 
 def _forget():
-    for kept in (warp._pixels, warp._growth, losses._averaging):
+    for kept in (warp._pixels, warp._growth, losses._averaging_matrix):
         kept.cache_clear()
 
 

@@ -21,7 +21,7 @@ def disc(batch=8):
 
 def test_labels_stay_labels_and_lie_where_the_image_does():
     images, labels = disc()
-    images, labels = augment.move(
+    images, labels = augment.warp_both(
         augment.spatial_displacement(step_generator(0, 0), len(images), SIZE, images.device),
         images,
         labels[:, None],
@@ -43,7 +43,7 @@ def test_every_sample_has_a_draw_of_its_own():
 def test_without_amplitude_only_mirrors_are_left(limits):
     displacement = augment.spatial_displacement(step_generator(0, 0), 16, SIZE, torch.device("cpu"), **limits)
     images = torch.rand(16, 1, SIZE, SIZE)
-    moved, _ = augment.move(displacement, images, torch.zeros(16, 1, SIZE, SIZE, dtype=torch.uint8))
+    moved, _ = augment.warp_both(displacement, images, torch.zeros(16, 1, SIZE, SIZE, dtype=torch.uint8))
     same = [torch.allclose(a, b, atol=1e-4) for a, b in zip(moved, images)]
     mirrored = [torch.allclose(a, b.flip(-1), atol=1e-4) for a, b in zip(moved, images)]
     assert all(a != b for a, b in zip(same, mirrored))

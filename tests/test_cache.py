@@ -18,8 +18,8 @@ from cardiac import building
 from cardiac.cache import Cache, CachedCase, open_cache
 from cardiac.cases import load_case
 from cardiac.files import InputError
-from cardiac.preprocessing import to_slices
-from cardiac.run import learnt_digest
+from cardiac.preprocessing import cine_to_slices
+from cardiac.run import training_digest
 from cardiac.settings import Settings
 
 # ------------------------------------------------------------ building and rebuilding
@@ -52,7 +52,7 @@ def test_a_label_mended_in_a_file_of_the_same_size_is_another_case_and_a_copy_is
     for written in (labels, labels, mended):
         nib.save(nib.Nifti1Image(written, None, header), plain)
         cases = open_cache(asked(data, tmp_path)).cases
-        found.append((plain.stat().st_size, learnt_digest(cases)))
+        found.append((plain.stat().st_size, training_digest(cases)))
     assert found[0] == found[1]
     assert found[1][0] == found[2][0]
     assert found[1][1] != found[2][1]
@@ -347,7 +347,7 @@ def test_what_is_read_from_the_cache_is_the_case_on_its_slices(
     cache = open_cache(asked(root / "MnM", root, size=size, spacing=target, crop=crop))
     for case in cache.cases:
         image, labels, _ = load_case(case)
-        slices, grid = to_slices(image, case.spacing, size, target, crop)
+        slices, grid = cine_to_slices(image, case.spacing, size, target, crop)
         assert case.grid(cache) == dataclasses.replace(grid, centre=grid.centre and list(grid.centre))
         found = np.zeros((case.slices * case.frames, size, size), np.float16)
         cache.file.read("images", [(case.first, case.first + len(found))], found)

@@ -456,7 +456,7 @@ def either_zlib(request, monkeypatch):
 @pytest.mark.parametrize("size", [5000, 4999, 4990, 1])
 @pytest.mark.parametrize("packed", [PACKED, IN_TWO, PACKED + bytes(9), PACKED + b"x"])
 def test_what_is_packed_is_unpacked_in_pieces(tmp_path, monkeypatch, piece, size, packed):
-    monkeypatch.setattr(nifti, "PIECE", piece)
+    monkeypatch.setattr(nifti, "CHUNK_BYTES", piece)
     (tmp_path / "a.gz").write_bytes(packed)
     assert bytes(nifti._read(tmp_path / "a.gz", size)) == CONTENT[:size]
 
@@ -471,7 +471,7 @@ WRONG_SUM = PACKED[:-8] + bytes([PACKED[-8] ^ 1]) + PACKED[-7:]
     [(PACKED, 5001), (WRONG_SUM, 5000), *((PACKED[:-cut], 5000) for cut in (1, 4, 8, 9, 1000)), (b"", 1)],
 )
 def test_what_is_cut_or_damaged_is_refused(tmp_path, monkeypatch, piece, packed, size):
-    monkeypatch.setattr(nifti, "PIECE", piece)
+    monkeypatch.setattr(nifti, "CHUNK_BYTES", piece)
     (tmp_path / "a.gz").write_bytes(packed)
     with pytest.raises(nifti.UNREADABLE):
         nifti._read(tmp_path / "a.gz", size)

@@ -304,7 +304,7 @@ def test_the_report_shows_the_labels_that_were_trained_on_alone(run, tmp_path):
             assert run("--overwrite") == 0
             shown = labels is changed and models == ("original",)
             assert ('id="propagation-data"' in report.read_text()) == shown
-            assert (page.OTHERS in report.read_text()) != shown
+            assert (page.NOT_SHOWN in report.read_text()) != shown
         shutil.move(tmp_path / "propagated", run.out / "segmentation" / "propagated")
 
 

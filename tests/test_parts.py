@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from cardiac.files import InputError
-from cardiac.parts import UNKEPT, Parts, read_part, write_part
+from cardiac.parts import NO_PARTS, Parts, read_part, write_part
 from cardiac.workers import worker_pool
 
 
@@ -131,7 +131,7 @@ def test_what_was_half_written_goes(cases, tmp_path):
 def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with worker_pool(1, 1) as run:
-        (found,) = UNKEPT.results(run, dict, [1], lambda case: [[("case", case)]])
+        (found,) = NO_PARTS.results(run, dict, [1], lambda case: [[("case", case)]])
     assert found == {"case": 1}
     assert not list(tmp_path.iterdir())
 

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from cardiac.preprocessing import (
     Grid,
+    cine_to_slices,
     intensity_window,
     most_likely,
     motion_centre,
     one_hot,
-    to_slices,
 )
 from cardiac.preprocessing import resampling_matrix as matrix
 
@@ -149,7 +149,7 @@ def test_intensities_lie_in_0_to_1_whatever_the_scanner_stores(dtype, scale):
     image, _ = heart((40, 36, 2, 4), 0, 2)
     image = (scale * (image + 50)).astype(dtype)
     image[3, 3, 0, 0] = 30_000  # a bright voxel does not set the scale
-    slices = to_slices(image, (1.4, 1.4), 32, 1.4, "centre")[0]
+    slices = cine_to_slices(image, (1.4, 1.4), 32, 1.4, "centre")[0]
     assert slices.dtype == np.float16
     assert slices.shape == (8, 32, 32)
     assert slices.min() == 0
@@ -160,7 +160,7 @@ def test_intensities_lie_in_0_to_1_whatever_the_scanner_stores(dtype, scale):
 def test_slices_lie_frame_after_frame():
     image = np.zeros((16, 16, 2, 3), np.float32)
     image += 10 * np.arange(3) + np.arange(2)[:, None]  # 10 t + z
-    slices = to_slices(image, (1.0, 1.0), 16, 1.0, "centre")[0][:, 8, 8]
+    slices = cine_to_slices(image, (1.0, 1.0), 16, 1.0, "centre")[0][:, 8, 8]
     assert (np.diff(slices.astype(float)) > 0).all()  # row = frame * slices + slice
 
 
@@ -180,11 +180,11 @@ def beating(centre, shape=(96, 80), spacing=(1.5, 2.0), frames=6):
 def test_the_crop_follows_what_moves_and_not_the_image(centre):
     found = motion_centre(beating(centre), (1.5, 2.0, 8.0))
     assert found == pytest.approx(centre, abs=1.5)
-    slices, grid = to_slices(beating(centre), (1.5, 2.0, 8.0), 32, 1.5, "motion")
+    slices, grid = cine_to_slices(beating(centre), (1.5, 2.0, 8.0), 32, 1.5, "motion")
     assert grid.centre == found
     x, y = np.indices((32, 32)) - 15.5
     assert (slices[:, np.hypot(x, y) < 9] > 0.9).all(), "the disc lies in the middle of the slices"
-    _, centred = to_slices(beating(centre), (1.5, 2.0, 8.0), 32, 1.5, "centre")
+    _, centred = cine_to_slices(beating(centre), (1.5, 2.0, 8.0), 32, 1.5, "centre")
     assert centred.centre is None
 
 

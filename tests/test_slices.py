@@ -174,7 +174,7 @@ def test_a_cache_that_is_built_anew_does_not_change_what_a_run_reads(cache):
 
 
 def test_slices_go_where_they_fit(monkeypatch):
-    cuda, free = torch.device("cuda"), slices_module.NETWORK + 1000  # room for a network and 1000 bytes more
+    cuda, free = torch.device("cuda"), slices_module.TRAINING_BYTES + 1000  # room for training and 1000 more
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
     assert [slices_module._place(size, cuda) for size in (499, 500, 10**15)] == ["device", "host", "file"]
     assert [slices_module._place(size, CPU) for size in (500, 10**15)] == ["device", "file"]
@@ -219,7 +219,7 @@ EXPERT = {
 
 def test_expert_slices_alone_come_with_their_own_labels(cache):
     slices = LabelledSlices(SliceStore(cache, CASES, CPU))
-    assert len(slices) == slices.expert == 8
+    assert len(slices) == slices.expert_count == 8
     assert drawn_slices(slices) == EXPERT  # the empty one, filled with 0, is background and drawn like others
 
 
@@ -231,7 +231,7 @@ def propagated(*where):
 def test_propagated_slices_are_drawn_beside_the_expert_ones_and_the_others_never(cache):
     where = ("LAST", 0, 2), ("FIRST", 1, 0), ("LAST", 0, 0)  # slice 1 of LAST has no label at ED
     slices = LabelledSlices(SliceStore(cache, CASES, CPU), propagated(*where))
-    assert (slices.expert, len(slices)) == (8, 11)
+    assert (slices.expert_count, len(slices)) == (8, 11)
     assert drawn_slices(slices) == EXPERT | {(2, 50), (24, 51), (0, 52)}
 
 
@@ -267,7 +267,7 @@ def test_the_share_of_expert_slices_holds_and_no_draw_is_out_of_range(cache, mon
     slices = LabelledSlices(SliceStore(cache, CASES, CPU), propagated(*where), expert_share=0.75)
     labels = torch.cat([slices.draw(256, 0, step)[1][:, 0, 0] for step in range(8)])
     assert (labels < 50).float().mean().item() == pytest.approx(0.75, abs=0.03)
-    slices.rows, slices.expert = torch.zeros(16800, dtype=torch.long), 3300
+    slices.rows, slices.expert_count = torch.zeros(16800, dtype=torch.long), 3300
     nearly_one = torch.full((2, 4), 1 - 2**-24)  # the largest that torch.rand draws
     monkeypatch.setattr(torch, "rand", lambda *size, generator: nearly_one)
     monkeypatch.setattr(slices, "labels", torch.zeros(16800, SIDE, SIDE, dtype=torch.uint8))

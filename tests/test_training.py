@@ -149,7 +149,7 @@ def killed(*_):
     raise Killed
 
 
-WAYS_OUT = {
+SIGNAL_ERRORS = {
     Killed: killed,
     KeyboardInterrupt: lambda: signal.raise_signal(signal.SIGINT),
     Terminated: lambda: signal.raise_signal(signal.SIGTERM),
@@ -158,7 +158,7 @@ WAYS_OUT = {
 
 @hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
 @hypothesis.given(
-    st.lists(st.tuples(st.integers(0, 11), st.sampled_from(list(WAYS_OUT))), min_size=1, max_size=3),
+    st.lists(st.tuples(st.integers(0, 11), st.sampled_from(list(SIGNAL_ERRORS))), min_size=1, max_size=3),
     st.sampled_from([0.0, 1e9]),
 )
 def test_stopped_at_any_steps_in_any_way_the_run_ends_as_if_nothing_had_been(
@@ -170,7 +170,7 @@ def test_stopped_at_any_steps_in_any_way_the_run_ends_as_if_nothing_had_been(
         patch.setattr(training, "SAVE_EVERY", every)
         for step, how in stops:  # a step that is behind already lets the run go through
             with contextlib.suppress(how):
-                train(folder, Task({step: WAYS_OUT[how]}))
+                train(folder, Task({step: SIGNAL_ERRORS[how]}))
         train(folder)
     assert_equal_runs(folder, whole)
 
@@ -245,7 +245,7 @@ def test_a_kill_where_a_longer_run_begins_leaves_best_and_last_of_one_mind(tmp_p
         if place == "save":
             patch.setattr(training.Run, "save", killed)
         else:
-            kept = tmp_path / training.BEST_BEFORE
+            kept = tmp_path / training.BEST_OF_WHOLE_EPOCHS
             patch.setattr(os, "replace", lambda a, b: killed() if a == kept else replace(a, b))
         with pytest.raises(Killed):
             train(tmp_path, Task(scores=scores), max_steps=12)

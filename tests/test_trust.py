@@ -52,7 +52,7 @@ def test_two_phases_that_agree_are_trusted_and_where_they_do_not_the_nearer_one_
 
 def test_an_image_that_does_not_fit_costs_trust_and_weight():
     small, large = ring(6), ring(8)
-    bad = carried(frames(small), residual=3 * trust.RESIDUAL)
+    bad = carried(frames(small), residual=3 * trust.RESIDUAL_SCALE)
     regions, _, _ = fuse(bad, carried(frames(large)), [0.5])
     assert torch.equal(regions[0, 0, 0] > 0.5, large == 1), "the one that fits decides"
     _, certainty, _ = fuse(bad, bad, [0.5])
@@ -100,7 +100,7 @@ def test_a_slice_that_one_phase_lacks_is_given_up_once_from_where_the_images_are
 def test_one_known_phase_is_trusted_by_its_fit_alone():
     labels = frames(ring(), ring())
     nearness = {"ES": torch.tensor([0.5, 0.0])}
-    regions, certainty, sources = trust.fuse({"ES": carried(labels, residual=trust.RESIDUAL)}, nearness)
+    regions, certainty, sources = trust.fuse({"ES": carried(labels, residual=trust.RESIDUAL_SCALE)}, nearness)
     assert torch.allclose(regions[:, :, 0], (labels == 1).float())
     assert torch.allclose(certainty, torch.full_like(certainty, torch.e**-1))
     assert sources["ES"].all()
@@ -164,7 +164,7 @@ def test_es_alone_and_short_stacks_keep_what_they_show():
 
 def test_regions_of_two_slices_and_what_two_phases_know_do_not_shrink():
     labels = heart(rv_from=2)  # an RV of two slices in a stack of five
-    gone = trust.left_behind(torch.stack([(labels == k).sum((1, 2)) for k in (1, 2, 3)], 1))
+    gone = trust.loss_probability(torch.stack([(labels == k).sum((1, 2)) for k in (1, 2, 3)], 1))
     assert (gone[:, 2] == 0).all()
     assert (gone[[0, 4], :2] > 0).all()
     known = carried(heart().expand(1, -1, -1, -1), present=(True,) * 5)
@@ -174,14 +174,14 @@ def test_regions_of_two_slices_and_what_two_phases_know_do_not_shrink():
 
 def test_a_small_slice_beyond_the_base_does_not_turn_the_stack_round():
     pixels = torch.tensor([[0, 0, 60], [90, 150, 150], [80, 140, 120], [60, 110, 80], [20, 70, 0]])
-    gone = trust.left_behind(pixels)
+    gone = trust.loss_probability(pixels)
     assert gone[0, 2].item() == pytest.approx(trust.GONE_AT_ES["base"][2])
     assert gone[3, 2].item() == pytest.approx(trust.GONE_AT_ES["apex"][2])
 
 
 def test_the_base_is_the_larger_half_of_all_slices_that_show_anything():
     pixels = torch.tensor([[10, 50, 0], [60, 100, 0], [70, 110, 20], [50, 90, 30], [0, 0, 0]])
-    gone = trust.left_behind(pixels)
+    gone = trust.loss_probability(pixels)
     assert gone[3, 0].item() == pytest.approx(trust.GONE_AT_ES["base"][0])
     assert gone[0, 0].item() == pytest.approx(trust.GONE_AT_ES["apex"][0])
 
