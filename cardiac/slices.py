@@ -85,7 +85,7 @@ class SliceStore:
     def expert_or_ignored(self, case, frame):
         """`expert`, or all IGNORED in a frame without known expert labels."""
         if frame in case.expert:
-            return self.expert_count(case, frame)
+            return self.expert(case, frame)
         return self.labels[-1:].expand(case.slices, -1, -1)
 
 

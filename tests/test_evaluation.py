@@ -42,7 +42,7 @@ def results(dice, models=evaluation.MODELS, unlabelled=""):
     vendors = "A" + unlabelled
     training = [SimpleNamespace(code=f"T{each}", vendor=each, labelled=each == "A") for each in vendors]
     cache = SimpleNamespace(name="DATA", skipped=(), split=lambda name: training)
-    cache.training_and_validation = lambda *chosen, over: (training, [], [])
+    cache.training_and_validation = lambda *chosen, finished: (training, [], [])
     rows = [row(model, code, phase, region, dice=score) for model in models for code, score in dice.items()
             for phase in ("ED", "ES") for region in REGIONS]
     used = {"seed": 0, "held_out": [], "labelled_phases": "both"}
