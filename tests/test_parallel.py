@@ -118,7 +118,8 @@ def test_the_overlap_of_unequal_shares_averages_to_that_of_the_whole(as_process,
     labelled = torch.tensor([True, False, False, False])  # all in the first share
     fixed[0, 2] = 0
     whole = overlap_loss(warped, fixed, labelled)
-    monkeypatch.setattr(parallel, "process_mean", lambda count: torch.tensor(2 / 2))  # two regions, two processes
+    stand_in = torch.tensor(2 / 2)  # two regions, two processes
+    monkeypatch.setattr(parallel, "process_mean", lambda count: stand_in)
     shares = []
     for rank in range(2):
         as_process(rank, 2)
