@@ -1,7 +1,7 @@
 """Rewrites the tables and the picture of docs/benchmarks.md: `python -m benchmarks [SECTION ...]`.
 
-Sections: registration, segmentation, data, propagation, metrics, host, scale; without names all of them. The
-end of the page, written by hand, stays. Needs `pip install -e '.[bench]'` and `pip install --no-deps
+Sections: registration, segmentation, data, propagation, metrics, host, scale; all if none is named. The
+hand-written end of the page is kept. Needs `pip install -e '.[bench]'` and `pip install --no-deps
 voxelmorph==0.2`.
 """
 
@@ -29,12 +29,12 @@ BY_HAND = "<!-- from here on written by hand -->"
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
-    parser.add_argument("--rounds", type=int, default=7, help="turns of every contestant")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds in which every contestant is timed")
     arguments = parser.parse_args()
     if unknown := set(arguments.sections) - set(SECTIONS):
         parser.error(f"no section {', '.join(sorted(unknown))}")
     names = arguments.sections or SECTIONS
-    if len(names) > 1:  # a process each: the state of the memory that one leaves would change the next one's
+    if len(names) > 1:  # a process each: memory left allocated by one would affect the next
         for name in names:
             rounds = ["--rounds", str(arguments.rounds)]
             subprocess.run([sys.executable, "-m", "benchmarks", name, *rounds], cwd=ROOT, check=True)
@@ -54,12 +54,12 @@ def main():
 
 
 def machine():
-    """What it was measured on, and when."""
+    """Date, hardware and software of a measurement."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
     processor = f"{len(names)} x {names[0]}" if names else platform.machine()
-    clock = "all times on the wall, " if device.type == "cuda" else ""
+    clock = "wall time throughout, " if device.type == "cuda" else ""
     return (
         f"{datetime.date.today()}, {processor}, {describe(device)}, {clock}"
         f"torch {torch.__version__.split('+')[0]}, MONAI {monai.__version__}, "
@@ -68,30 +68,30 @@ def machine():
 
 
 def cells(rows):
-    """The cells of a table, header first: of rows that were measured, or as they are."""
+    """The cells of a table, header first: of stored `Row`s, or the rows themselves if they are cells."""
     if isinstance(rows[0], list):
         return rows
     return [("what", "measured", "target", "met"), *(Row(**row).cells() for row in rows)]
 
 
 def write_page(results):
-    """The tables, then what was written by hand."""
+    """Write the page: the tables, then the hand-written part, which is kept."""
     by_hand = PAGE.read_text().split(BY_HAND)[1] if PAGE.exists() else "\n"
     lines = [
         "# Benchmarks",
         "",
         "    pip install -e '.[bench]' && pip install --no-deps voxelmorph==0.2 && python -m benchmarks",
         "",
-        "rewrites the tables and the picture. Every ratio is taken in one process, on one thread, the "
-        "contestants in turn on the same input: the median of the rounds (smallest to largest). CPU figures "
-        "are processor time unless marked 'on the wall', because the machine is shared. A ratio below 1 "
-        "means that ours is faster or smaller, but where the target is 'at least'.",
+        "rewrites the tables and the picture. Every ratio is measured in one process, on one thread, the "
+        "contestants in turn on the same input: the median of the rounds (smallest to largest). Times on a "
+        "CPU are CPU time unless marked 'wall time', because the machine is shared. A ratio below 1 means "
+        "that ours is faster or smaller, except where the target is 'at least'.",
         "",
         "![measured ratios and their targets](benchmarks.png)",
         "",
     ]
     if not any(", cuda (" in result["machine"] for result in results.values()):
-        lines += ["No GPU was at hand: every figure is of a CPU, and none says anything about one.", ""]
+        lines += ["No GPU was available: all figures are of a CPU and say nothing about GPUs.", ""]
     for name in SECTIONS:
         if name not in results:
             continue
@@ -104,7 +104,7 @@ def write_page(results):
 
 
 def draw(results):
-    """Ratios that have a target, as a share of it, on a logarithmic axis: left of 1 the target is met."""
+    """Plot what has a target, relative to it, on a logarithmic axis: left of 1 the target is met."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -124,7 +124,7 @@ def draw(results):
         axes.plot([max(low, 1e-2), max(high, 1e-2)], [place] * 2, color="0.6", lw=4, solid_capstyle="butt")
         axes.plot(share, place, "o" if met else "s", color="tab:green" if met else "tab:red", ms=6)
     axes.axvline(1, color="k", lw=1)
-    axes.set(xscale="log", xlabel="measured, as a share of the target's limit: left of the line it is met",
+    axes.set(xscale="log", xlabel="measured value relative to the target's limit: left of the line it is met",
              yticks=range(len(bars)), yticklabels=[bar[0] for bar in bars])
     axes.tick_params(axis="y", labelsize=7)
     axes.set_ylim(len(bars) - 0.5, -0.5)

@@ -1,9 +1,9 @@
-"""What the benchmarks share: contestants in turn, ratios with their spread, peak memory, made-up data.
+"""Shared by the benchmarks: contestants in turn, ratios with their spread, peak memory, synthetic data.
 
-A ratio is taken round by round, both contestants on the same input, in one process and on one thread; shown
-are the median and, in brackets, the smallest and largest of the rounds. On the CPU what counts is the time of
-the processor, which other processes on a shared machine do not change much; on CUDA, and where a disk is
-waited for, that of the clock on the wall.
+A ratio is measured round by round, both contestants on the same input, in one process and on one thread;
+shown are the median and, in brackets, the smallest and largest of the rounds. On the CPU, CPU time is
+measured, which other processes on a shared machine hardly change; on CUDA, and if a disk is waited for, wall
+time.
 """
 
 import csv
@@ -25,12 +25,12 @@ from cardiac.cache import Cache, CachedCase, SliceFile
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CPU = torch.device("cpu")
-CALLS = 20 if DEVICE.type == "cuda" else 1  # in a row: one of a few milliseconds says little of a card
+CALLS = 20 if DEVICE.type == "cuda" else 1  # in a row: a few milliseconds are too short to time
 
 
-def strong(kind, **words):
+def strong(kind, **changes):
     """Settings of the strong recipe."""
-    return kind(**{**kind.STRONG, "recipe": "strong", **words})
+    return kind(**{**kind.STRONG, "recipe": "strong", **changes})
 
 
 @dataclasses.dataclass
@@ -38,14 +38,14 @@ class Row:
     """One line of a table: what was measured, the values of the rounds, and the target, if there is one."""
 
     what: str
-    values: list  # one a round
+    values: list  # one per round
     unit: str = ""  # "" for a ratio
     at_most: float | None = None
     at_least: float | None = None
 
     @property
     def median(self):
-        """The figure that counts."""
+        """The median of the rounds, to which the target applies."""
         return float(np.median(self.values))
 
     @property
@@ -56,7 +56,7 @@ class Row:
         return self.median >= self.at_least if self.at_least is not None else None
 
     def cells(self):
-        """What the page shows: what, median (min to max), target, met."""
+        """Cells of the page's table: what, median (min to max), target, met."""
         unit = f" {self.unit}" if self.unit else ""
         shown = f"{number(self.median)}{unit}"
         if len(self.values) > 1:
@@ -68,13 +68,13 @@ class Row:
 
 
 def number(value):
-    """Three significant digits, without exponents where it can be read."""
+    """Format to about three significant digits; an exponent only below 0.001."""
     return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def seconds(function, wall=False, calls=1):
-    """The time of a call, of so many in a row; waits for the device before and after. wall: time on the wall,
-    not of the CPU.
+    """Mean seconds per call over `calls` in a row, the device synchronised before and after. wall: wall time
+    instead of CPU time (always on CUDA).
     """
     clock = time.perf_counter if wall or torch.cuda.is_available() else time.process_time
     if torch.cuda.is_available():
@@ -88,8 +88,8 @@ def seconds(function, wall=False, calls=1):
 
 
 def in_turn(contestants, rounds, wall=False, calls=1):
-    """Seconds of a call of each of {name: function}: `calls` in a row of one, then of the next, for `rounds`
-    rounds after one that does not count.
+    """Seconds per call, {name: (rounds,)}, of {name: function}: in each round every function in turn makes
+    `calls` in a row; a first round is not counted.
     """
     times = {name: [] for name in contestants}
     for turn in range(1 + rounds):
@@ -101,41 +101,41 @@ def in_turn(contestants, rounds, wall=False, calls=1):
 
 
 def milliseconds(what, taken, scale=1.0, **target):
-    """A row of times."""
+    """A `Row` in ms of times in seconds."""
     return Row(what, list(1000 * taken * scale), "ms", **target)
 
 
 def ratio(what, one, other, **target):
-    """A row of the ratio of two times, round by round."""
+    """A `Row` of the ratios of two times, round by round."""
     return Row(what, list(one / other), **target)
 
 
-def memory_of(expression, on_card=DEVICE.type == "cuda"):
-    """MB that each of some functions adds at its peak, in one process of its own: a list.
+def memory_of(expression, on_gpu=DEVICE.type == "cuda"):
+    """Peak MB that each of several functions adds, all in one separate process: a list.
 
-    expression: a call, such as "registration.work('ours')", that gives them, those that need less first.
-    on_card: whether memory of the card counts, or the process's.
+    expression: a call that returns them, such as "registration.work('ours')", those that need less first.
+    on_gpu: measure GPU memory, not the process's.
     """
-    code = f"from benchmarks import common; common.measure({expression!r}, {on_card})"
+    code = f"from benchmarks import common; common.measure({expression!r}, {on_gpu})"
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(expression, on_card):
-    """What the process of `memory_of` runs."""
+def measure(expression, on_gpu):
+    """Print the peaks as JSON: what the process of `memory_of` runs."""
     torch.set_num_threads(1)
     module = expression.split(".")[0]
     functions = eval(expression, {module: import_module(f"benchmarks.{module}")})
     peaks = []
-    before = torch.cuda.memory_allocated() / 1e6 if on_card else _resident("VmRSS")
+    before = torch.cuda.memory_allocated() / 1e6 if on_gpu else _resident("VmRSS")
     for function in functions:
-        if on_card:
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats()
             function()
             peaks.append(torch.cuda.max_memory_allocated() / 1e6 - before)
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
             function()
             peaks.append(_resident("VmHWM") - before)
     print(json.dumps(peaks))
@@ -146,11 +146,11 @@ def _resident(field):
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6
 
 
-# ----------------------------------------------------------------------------------------- data made up
+# --------------------------------------------------------------------------------------- synthetic data
 
 
 def labels_like_a_heart(count, size):
-    """Labels (count, size, size) uint8: a ring and a crescent, 11 % of the pixels, each somewhere else."""
+    """Labels (count, size, size) uint8: a ring and a crescent, 11 % of the pixels, placed at random."""
     rng = np.random.default_rng(0)
     x, y = np.meshgrid(*[np.arange(size)] * 2, indexing="ij")
     labels = np.zeros((count, size, size), np.uint8)
@@ -164,7 +164,7 @@ def labels_like_a_heart(count, size):
 
 
 def cache_of(path, cases, frames, slices, size, empty=False):
-    """A `Cache` of noise with labels at ED and ES, laid out as `cardiac.cache` does; empty: a sparse file."""
+    """A `Cache` of noise with labels at ED and ES, in the layout of `cardiac.cache`; empty: a sparse file."""
     count = frames * slices
     with h5py.File(path, "w") as file:
         images = file.create_dataset("images", (cases * count, size, size), np.float16)
@@ -183,7 +183,7 @@ def cache_of(path, cases, frames, slices, size, empty=False):
 
 
 def write_dataset(root, cases, shape, spacing=(1.4, 1.4, 9.0)):
-    """Cines of noise and an expert's labels in the layout of M&Ms, 16 bits, gzipped to about half."""
+    """Write noisy cines (16 bits, gzipped to about half) and expert labels in the layout of M&Ms."""
     rng = np.random.default_rng(0)
     x, y, z, frames = shape
     ring = labels_like_a_heart(z, max(x, y))[:, :x, :y].transpose(1, 2, 0)

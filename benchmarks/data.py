@@ -51,16 +51,16 @@ def build(folder, rounds, cases, workers):
             gzip.decompress(path.read_bytes())
 
     contestants = {"ours": ours, "nibabel": nibabel} | ({"unpack": unpack} if workers == 1 else {})
-    # the clock of this process does not know of its workers' time
+    # the CPU time of this process does not include its workers'
     times = in_turn(contestants, rounds, wall=workers > 1)
-    where = "" if workers == 1 else f", in {workers} processes, on the wall"
+    where = "" if workers == 1 else f", in {workers} processes, wall time"
     rows = [
-        Row(f"building the cache, a case{where}", list(times["ours"] / cases), "s"),
-        Row(f"reading the files with nibabel, a case{where}", list(times["nibabel"] / cases), "s"),
+        Row(f"building the cache, per case{where}", list(times["ours"] / cases), "s"),
+        Row(f"reading the files with nibabel, per case{where}", list(times["nibabel"] / cases), "s"),
         ratio(f"building / reading{where}", times["ours"], times["nibabel"], at_most=1.3),
     ]
     if workers == 1:
-        rows.append(ratio("unpacking alone / reading", times["unpack"], times["nibabel"]))
+        rows.append(ratio("unpacking only / reading", times["unpack"], times["nibabel"]))
     return rows
 
 
@@ -70,7 +70,7 @@ def opening(folder, rounds):
     settings = settings_for(data, folder / "cache", 16, 2.0)
     slices = sum(case.slices * case.frames for case in opened(settings).cases)
     times = in_turn({"open": lambda: opened(settings)}, rounds, wall=True)["open"]
-    what = f"opening a cache of {slices:,} slices, 345 cases, on the wall"
+    what = f"opening a cache of {slices:,} slices, 345 cases, wall time"
     return [Row(what, list(times), "s", at_most=1.0)]
 
 
@@ -98,7 +98,7 @@ def loading(folder, rounds):
         warm = in_turn({"load": load, "read": read}, rounds)
         disk = in_turn({"load": cold(load), "read": cold(read)}, rounds, wall=True)
     rows = []
-    for where, times in (("the page cache", warm), ("the disk, on the wall", disk)):
+    for where, times in (("the page cache", warm), ("the disk, wall time", disk)):
         rows.append(Row(f"loading from {where}", list(size / times["load"] / 1e9), "GB/s"))
         rows.append(Row("... loading / reading the file", list(times["read"] / times["load"]), at_least=0.8))
     return rows
@@ -122,14 +122,14 @@ def building(data, folder):
 
 
 def memory(folder):
-    """Rows of what a process takes at its peak, small and large."""
+    """Rows of peak memory with a small and with a large dataset."""
     drawn, built = {}, {}
     for n in (35, 345):
-        drawn[n] = memory_of(f"data.drawing({str(folder / f'{n}.h5')!r}, {n})", on_card=False)[0]
+        drawn[n] = memory_of(f"data.drawing({str(folder / f'{n}.h5')!r}, {n})", on_gpu=False)[0]
     for n in (4, 24):
         data = write_dataset(folder / f"Memory{n}", n, (128, 128, 8, 12))
         expression = f"data.building({str(data)!r}, {str(folder / 'memory')!r})"
-        built[n] = memory_of(expression, on_card=False)[0]
+        built[n] = memory_of(expression, on_gpu=False)[0]
     return [
         Row("drawing from the file, 35 cases x 25 frames (0.6 GB)", [drawn[35]], "MB"),
         Row("drawing from the file, 345 cases x 25 frames (6.4 GB)", [drawn[345]], "MB"),
@@ -141,7 +141,7 @@ def memory(folder):
 
 
 def from_file(folder, rounds):
-    """Rows of registration steps whose slices are resident, in the file, and in the file on the disk."""
+    """Rows of registration steps: slices on the device, in a cached file, and in a file read from disk."""
     cache = cache_of(folder / "small.h5", 6, 20, 8, 112)
     settings = RegistrationSettings(size=112, spacing=1.75)
     stores = {place: SliceStore(cache, cache.cases, DEVICE, place=place) for place in ("device", "file")}
@@ -169,22 +169,22 @@ def from_file(folder, rounds):
     return [
         Row("a step, resident", list(1000 * warm["device"]), "ms"),
         ratio("from the file, in the page cache / resident", warm["file"], warm["device"], at_most=1.15),
-        ratio("from the disk, on the wall / resident", disk["file"], disk["device"], at_most=1.15),
+        ratio("from the disk / resident, wall time", disk["file"], disk["device"], at_most=1.15),
     ]
 
 
 def sections(rounds):
-    """(title, what it says, rows) of each table."""
+    """(title, text, rows) of each table."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        text = "Cines of 256 x 216 x 10 x 25 and their labels, gzipped to half, to 192 x 192; "
-        text += f"ours unpacks by {nifti.inflate.__name__}."
+        text = "From cines of 256 x 216 x 10 x 25 and their labels, gzipped to half, to slices of 192 x 192; "
+        text += f"ours unpacks with {nifti.inflate.__name__}."
         yield "Cache: building", text, build(folder, rounds, 4, 1) + build(folder, rounds, 24, 2)
-        text = "Headers read, sources compared, index read. Slices of 16 x 16, since none is read."
+        text = "Headers and index are read, sources compared. Slices are 16 x 16, since none is read."
         yield "Cache: opening", text, opening(folder, rounds)
-        text = "1,500 slices of 192 x 192 into new memory."
+        text = "1,500 slices of 192 x 192 into newly allocated memory."
         yield "Cache: loading", text, loading(folder, rounds)
-        text = "What the work adds to a process of its own. The large dataset is a sparse file: simulated."
+        text = "Peak memory added by the work in a separate process. Draws are from sparse files (simulated)."
         yield "Memory", text, memory(folder)
-        text = "Registration, 16 pairs of 112 x 112. From the disk: its cached pages are dropped first."
+        text = "Registration, 16 pairs of 112 x 112. From the disk: with its cached pages dropped."
         yield "Training from the file", text, from_file(folder, rounds)

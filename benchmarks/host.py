@@ -1,8 +1,8 @@
-"""What a GPU would wait for: the processor's part of the work, Python and PyTorch's dispatch.
+"""The CPU's part of the work, for which a GPU would wait: Python and PyTorch's dispatch.
 
-Two slices of 16 x 16 a step are little arithmetic, and PyTorch is asked for the same operations as for many
-large ones. What is left is about what the processor needs to keep a GPU busy; measured on a CPU, launches
-come on top of it, and the casts of mixed precision, which the CPU does without.
+A step on two slices of 16 x 16 takes little arithmetic, but the same PyTorch operations as one on many large
+slices. Its time is roughly what the CPU needs to keep a GPU busy; if measured on a CPU, kernel launches and
+the casts of mixed precision, which the CPU does without, come on top.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ BATCHES_OF_A_GPU = mock.patch.object(networks, "_inference_batch", return_value=
 
 
 def work(folder):
-    """{what: function} of a step of each training, as the loop makes it, and of propagating a case."""
+    """{what: function}: a step of each training, as in the training loop, and propagating a case."""
     cache = cache_of(folder / "small.h5", 4, 25, 10, SIZE)
     store = SliceStore(cache, cache.cases, DEVICE)
     settings = strong(RegistrationSettings, steps_per_epoch=10**6, batch_size=BATCH)
@@ -49,7 +49,7 @@ def work(folder):
 
 
 def operations(function):
-    """How many operations PyTorch is asked for in a call."""
+    """The number of PyTorch operations in a call, without those that they call themselves."""
     with torch.profiler.profile() as profiler:
         function()
     found = [event for event in profiler.events() if event.name.startswith("aten::")]
@@ -57,7 +57,7 @@ def operations(function):
 
 
 def sections(rounds):
-    """(title, what it says, rows) of the table."""
+    """(title, text, rows) of the table."""
     quiet = io.StringIO()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(quiet):
         functions = work(Path(folder))
@@ -65,14 +65,14 @@ def sections(rounds):
         rows = []
         for name, function in functions.items():
             rows.append(milliseconds(name, times[name]))
-            rows.append(Row("... operations of PyTorch, views included", [operations(function)]))
-    a_step, another, a_case = times.values()
-    minutes, seconds = 20_000 * (a_step + 2 * another) / 60, CASES * a_case
+            rows.append(Row("... PyTorch operations, views included", [operations(function)]))
+    registration_step, segmentation_step, a_case = times.values()
+    minutes, seconds = 20_000 * (registration_step + 2 * segmentation_step) / 60, CASES * a_case
     rows.append(Row("training: 20,000 steps of each of the three networks", list(minutes), "min"))
     rows.append(Row(f"propagating a whole M&Ms: {CASES} such cases", list(seconds), "s"))
     text = (
-        f"The same work on slices of {SIZE} x {SIZE}, {BATCH} a step, 25 frames of 10 a case, strong recipe: "
-        "what is left is about the processor's part, for which a GPU waits"
-        + ("." if DEVICE.type == "cuda" else "; launches come on top.")
+        f"The same work on slices of {SIZE} x {SIZE}, {BATCH} per step, 25 frames of 10 slices per case, "
+        "strong recipe: its time is roughly the processor's part, for which a GPU waits"
+        + ("." if DEVICE.type == "cuda" else "; kernel launches come on top.")
     )
     yield "Overhead of the processor, for which a GPU would wait", text, rows

@@ -1,7 +1,7 @@
 """HD95 and ASSD of heart-like masks: `cardiac.metrics.surface_distances` against MONAI's two functions.
 
-Masks of LV, MYO and RV: the reference a ring and a crescent, the prediction the same with other radii,
-shifted. `stray` adds one voxel far away, as bad predictions have; `apart` moves the prediction off the heart.
+Masks of LV, MYO and RV. `alike`: the prediction is the reference with other radii, shifted by a pixel or so;
+`stray`: with one voxel far away, as in bad predictions; `apart`: moved off the heart.
 """
 
 from functools import partial
@@ -33,7 +33,7 @@ def heart(centre, radius, wall):
 
 
 def pairs_of(kind, count, rng):
-    """`count` triples of (prediction, reference) pairs."""
+    """Yield (prediction, reference) of LV, MYO and RV of `count` hearts, 3 x `count` pairs."""
     for _ in range(count):
         centre, radius, wall = rng.uniform(-20, 20, 3) * (1, 1, 0), rng.uniform(18, 30), rng.uniform(7, 12)
         reference = heart(centre, radius, wall)
@@ -63,7 +63,7 @@ def score_all(score, pairs):
 
 
 def sections(rounds):
-    """(title, what it says, rows) of the table."""
+    """(title, text, rows) of the table."""
     rows = []
     for kind in ("alike", "stray", "apart"):
         pairs = list(pairs_of(kind, PAIRS, np.random.default_rng(0)))
@@ -73,8 +73,8 @@ def sections(rounds):
         rows.append(ratio("... ours / MONAI's two functions", times["ours"], times["theirs"], at_most=1.0))
         rows.append(Row("... largest difference", [worst], "mm", at_most=1e-3))
     text = (
-        f"LV, MYO and RV of {PAIRS} hearts as ACDC has them: {' x '.join(map(str, SHAPE))} voxels of "
-        f"{' x '.join(f'{mm:g}' for mm in SPACING)} mm. Stray: with one voxel far away, as bad predictions "
-        "have; apart: beside the heart."
+        f"LV, MYO and RV of {PAIRS} hearts on a grid like ACDC's: {' x '.join(map(str, SHAPE))} voxels of "
+        f"{' x '.join(f'{mm:g}' for mm in SPACING)} mm. Alike: the prediction is close to the reference; "
+        "stray: with one voxel far away, as in bad predictions; apart: moved off the heart."
     )
     yield "Surface distances", text, rows

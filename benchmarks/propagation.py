@@ -33,7 +33,7 @@ def propagating_a_case(cache):
 
 
 def calls_of(function, *names):
-    """A function that makes the calls to these functions of `propagation` that `function` makes."""
+    """A function that repeats the calls of `function` to the named functions of `propagation`."""
     made = []
 
     def recording(called):
@@ -68,7 +68,7 @@ def propagating(folder, rounds):
 
 
 def evaluating(folder, rounds):
-    """Rows of what evaluating a case is made of."""
+    """Rows of the parts of evaluating a case."""
     data = write_dataset(folder / "MnM", 1, (256, 216, 10, 25))
     cache = opened(settings_for(data, folder / "cache", 192))
     (case,) = cache.cases
@@ -77,7 +77,7 @@ def evaluating(folder, rounds):
     labels = load_labels(case)
     prediction = np.zeros(case.shape, np.uint8, order="F")
     for frame, label in labels.items():
-        prediction[..., frame] = np.roll(label, 2, 0)  # a good one: of noise it would be none
+        prediction[..., frame] = np.roll(label, 2, 0)  # shifted labels: a good prediction
     grid, slices = case.grid(cache), torch.rand(case.slices, 4, 192, 192).softmax(1)
     soft = np.stack([labels[case.ed] == k for k in range(4)]).astype(np.float32)
     times = in_turn({
@@ -89,16 +89,19 @@ def evaluating(folder, rounds):
     }, rounds)
     return [
         milliseconds("evaluating a case, ED and ES: the U-Net", times["network"]),
-        milliseconds("... back to the case's own grid", times["grid"]),
+        milliseconds("... resampling to the case's own grid", times["grid"]),
         milliseconds("... in a worker process: reading, scoring, writing", times["worker"]),
         ratio("... of which reading the expert's labels", times["read"], times["worker"]),
     ]
 
 
 def sections(rounds):
-    """(title, what it says, rows) of each table."""
+    """(title, text, rows) of each table."""
     with tempfile.TemporaryDirectory() as folder:
-        text = "Frames between ED and ES of 25, 10 slices of 192 x 192; both labels carried, refined, fused."
+        text = (
+            "The frames between ED and ES of a cine of 25 frames and 10 slices of 192 x 192; labels of both "
+            "phases carried, refined and fused."
+        )
         yield "Propagation", text, propagating(Path(folder), rounds)
-        text = "256 x 216 x 10 x 25 from slices of 192 x 192, U-Net of 32 channels."
+        text = "A case of 256 x 216 x 10 x 25 from slices of 192 x 192, U-Net of 32 channels."
         yield "Evaluation", text, evaluating(Path(folder), rounds)

@@ -1,9 +1,9 @@
-"""Reading with nibabel, for worker processes: a module that imports nothing that is not measured."""
+"""Reading with nibabel in worker processes: a separate module, so that they import nothing else."""
 
 import nibabel as nib
 import numpy as np
 
 
 def read(path):
-    """Read and unpack a file, and forget it."""
+    """Read and decompress a file; discard the result."""
     np.asanyarray(nib.load(path).dataobj)

@@ -1,10 +1,10 @@
 """Registration against VoxelMorph 0.2 (its PyTorch part) and MONAI's VoxelMorph; label warp; local NCC.
 
-VoxelMorph needs no dependency of its own but for its first import, which is stepped around:
+VoxelMorph's networks need none of its dependencies; its __init__, which imports them, is bypassed:
 
     pip install --no-deps voxelmorph==0.2 && pip install monai
 
-All take the same slices and the same loss, mean squared error + 0.01 x diffusion, and a step of Adam.
+All use the same slices, the same loss (mean squared error + 0.01 x diffusion) and Adam.
 """
 
 import contextlib
@@ -37,8 +37,8 @@ ALIKE = " in our layout" if DEVICE.type == "cpu" else " in our layout and precis
 class Ours:
     """The project's network, as `train_registration.py` and `networks.register` run it.
 
-    guided: with the labels of the moving slice as an input, as under the `strong` recipe; that carries labels
-    by two such passes (`networks.Turned`). width: as `--width`.
+    guided: with the labels of the moving slice as an input, as in the `strong` recipe, which carries labels
+    by two such passes (`networks.Turned`). width: as in `--width`.
     """
 
     def __init__(self, size, guided=False, width=1):
@@ -59,10 +59,10 @@ class Ours:
 
 
 class Theirs:
-    """A network of theirs, which gives the warped image and the field that the smoothness counts.
+    """A network of VoxelMorph or MONAI, which returns the warped image and the field whose smoothness counts.
 
-    As they ship it: NCHW, on a card in float32 with convolutions in TF32. alike: in the memory layout of
-    ours, channels_last, and on a card in bfloat16 where ours is, so that a ratio is one of networks alone.
+    As shipped: NCHW, on a GPU in float32 with convolutions in TF32. alike: in our memory layout,
+    channels_last, and on a GPU in bfloat16 if ours is, so that ratios compare only the networks.
     """
 
     def __init__(self, network, alike=False, **registering):
@@ -92,7 +92,7 @@ def monai(alike=False):
     return lambda size: Theirs(VoxelMorph(VoxelMorphUNet(*shape), spatial_dims=2), alike)
 
 
-CONTESTANTS = {  # name: what makes it for slices of size x size
+CONTESTANTS = {  # name: function of the slice size that makes it
     "ours": Ours,
     GUIDED: lambda size: Ours(size, guided=True),
     WIDE: lambda size: Ours(size, guided=True, width=2),
@@ -174,7 +174,7 @@ def memory():
 
 
 def arithmetic(size, rounds):
-    """How much of what the device can do in a matrix product a training step of ours does."""
+    """Rows of our training step's arithmetic throughput, compared with that of a matrix product."""
     one_step = step(Ours(size), size)
     with FlopCounterMode(display=False) as counter:
         one_step()
@@ -185,8 +185,8 @@ def arithmetic(size, rounds):
     speeds = counter.get_total_flops() / times["step"] / 1e9, 2 * side**3 / times["product"] / 1e9
     return [
         Row(f"convolutions of a step, {size} x {size}", [counter.get_total_flops() / 1e9], "GFLOP"),
-        Row("arithmetic of the whole step", list(speeds[0]), "GFLOP/s"),
-        Row("... step / that of a large matrix product", list(speeds[0] / speeds[1])),
+        Row("throughput of the whole step", list(speeds[0]), "GFLOP/s"),
+        Row("... step / a large matrix product", list(speeds[0] / speeds[1])),
     ]
 
 
@@ -208,8 +208,8 @@ def label_warp(size, rounds):
     differ = (propagation.warp_labels(labels, field) != theirs()).sum().item() / (labels > 0).sum().item()
     return [
         milliseconds(f"label warp, {size} x {size}: ours", times["ours"]),
-        ratio("... ours / one-hot, warp of all, arg max", times["ours"], times["theirs"], at_most=0.2),
-        Row("... pixels that differ, of those labelled", [100 * differ], "%"),
+        ratio("... ours / warp of one-hot labels, arg max", times["ours"], times["theirs"], at_most=0.2),
+        Row("... differing pixels / labelled pixels", [100 * differ], "%"),
     ]
 
 
@@ -227,7 +227,7 @@ def voxelmorph_ncc(fixed, warped, window=9):
 
 
 def exact_ncc(warped, fixed, window=9):
-    """`losses.local_ncc` in float64, written another way: windows unfolded, two passes."""
+    """`losses.local_ncc` in float64, computed otherwise: windows unfolded, two passes."""
     images = []
     for image in (warped.double(), fixed.double()):
         deviation, mean = torch.std_mean(image, dim=(-2, -1), keepdim=True, correction=0)
@@ -243,7 +243,7 @@ def exact_ncc(warped, fixed, window=9):
 
 
 def local_ncc(size, rounds):
-    """Time with gradient, and error on slices that are flat over large patches, at the scale of scanners."""
+    """Time with gradient, and error on slices with large flat patches, in a scanner's range of values."""
     moving, fixed = pair(size)
     moving.requires_grad_()
 
@@ -269,18 +269,18 @@ def local_ncc(size, rounds):
 
 
 def sections(rounds):
-    """(title, what it says, rows) of each table."""
+    """(title, text, rows) of each table."""
     text = (
         f"Batch {BATCH}; a step is forward, loss, backward and Adam, with the same loss for all. Ours uses "
         f"PyTorch's channels_last layout; the others run as shipped and, where marked \"{ALIKE.strip()}\", "
-        "with that. On a CPU ours registers four slices at a time, the others all sixteen. MONAI's "
+        "with ours. On a CPU ours registers four slices at a time, the others all sixteen. MONAI's "
         "`half_res` does not work in two dimensions."
     )
     for size in SIZES:
         yield f"Registration, {size} x {size}", text, speed(size, rounds)
-    yield "Registration: peak memory", "What three calls add, in a process of its own.", memory()
-    text = "The floating-point operations of the convolutions alone, as PyTorch counts them."
-    yield "Registration: what it makes of the processor", text, arithmetic(128, rounds)
+    yield "Registration: peak memory", "What three calls add, in a separate process.", memory()
+    text = "Only the floating-point operations of the convolutions are counted, by PyTorch."
+    yield "Registration: arithmetic throughput", text, arithmetic(128, rounds)
     rows = [row for size in SIZES for row in label_warp(size, rounds)]
-    yield "Label warp", "Hearts of 11 % of the pixels.", rows
+    yield "Label warp", "Hearts cover 11 % of the pixels.", rows
     yield "Local NCC", "Window 9 x 9.", [row for size in SIZES for row in local_ncc(size, rounds)]

@@ -15,7 +15,7 @@ LARGER = ({}, {"cases": 8}, {"cases": 16}, {"frames": 20}, {"frames": 40}, {"siz
 
 
 def line(folder, cases, frames, size, rounds):
-    """Cells of one line: what building, opening, loading, drawing, a step and a registration take."""
+    """Cells of one row: times of building, opening, loading, drawing, a step and a registration."""
     data = write_dataset(folder / f"{cases}-{frames}-{size}", cases, (160, 160, 8, frames), (1.5, 1.5, 9.0))
     settings = settings_for(data, folder / f"cache-{size}", size, 240 / size)
     build = seconds(lambda: opened(settings))
@@ -33,14 +33,14 @@ def line(folder, cases, frames, size, rounds):
 
 
 def sections(rounds):
-    """(title, what it says, header and lines) of the table."""
+    """(title, text, header and rows) of the table."""
     header = ["cases", "frames", "size", "slices", "build, s", "open, ms", "load, ms", "draw, ms", "step, ms",
               "register, ms", "samples/s"]
     with tempfile.TemporaryDirectory() as folder:
         lines = [line(Path(folder), **{**SMALL, **changed}, rounds=rounds) for changed in LARGER]
     text = (
         "Cines of 160 x 160 pixels and 8 slices. Build: the cache from NIfTI, in one process, once and cold. "
-        "Draw, step and register: 16 pairs; samples a second: pairs drawn and trained on. Building and "
-        "loading grow with the slices, steps with the pixels alone."
+        "Draw, step and register: 16 pairs; samples/s: pairs drawn and trained on. Building and loading "
+        "grow with the number of slices, steps only with their size."
     )
     yield "Time against cases, frames and size", text, [header, *lines]

@@ -69,9 +69,9 @@ def tasks(folder, precision="auto"):
     """The two tasks of the training scripts, augmented, on made-up slices."""
     cache = cache_of(folder / "tasks.h5", 4, 12, 8, SIZE)
     store = SliceStore(cache, cache.cases, DEVICE)
-    words = {"augment": True, "size": SIZE, "steps_per_epoch": 10**6, "precision": precision}
-    registration = RegistrationSettings(**words, batch_size=16)
-    segmentation = SegmentationSettings(**words, batch_size=BATCH, channels=CHANNELS)
+    options = {"augment": True, "size": SIZE, "steps_per_epoch": 10**6, "precision": precision}
+    registration = RegistrationSettings(**options, batch_size=16)
+    segmentation = SegmentationSettings(**options, batch_size=BATCH, channels=CHANNELS)
     yield "registration", train_registration.Registration(registration, store, store)
     yield "segmentation", train_segmentation.Segmentation(segmentation, LabelledSlices(store), store)
 
@@ -104,7 +104,7 @@ def precisions(folder, rounds):
 
 
 def their_loader(store, batch):
-    """MONAI's CacheDataset and DataLoader, with its nearest to the transforms of `augment.augment_slices`."""
+    """MONAI's CacheDataset and DataLoader, with its transforms closest to `augment.augment_slices`."""
     images, labels = store.images(torch.arange(64)).cpu().numpy(), store.labels[:64, None].cpu().numpy()
     both = {"keys": ("image", "label")}
     random = [
@@ -148,14 +148,14 @@ def data_path(folder, rounds):
     rates = (64 / times[name] for name in ("ours", "theirs"))
     return [
         milliseconds("a random transform for each of 32 samples, 192 x 192", alone),
-        *(Row(f"samples a second, drawn and transformed: {name}", list(rate)) for name, rate in
+        *(Row(f"samples per second, drawn and transformed: {name}", list(rate)) for name, rate in
           zip(("ours", "MONAI CacheDataset + DataLoader"), rates)),
         Row("... ours / MONAI's", list(times["theirs"] / times["ours"]), at_least=5.0),
     ]
 
 
 def sections(rounds):
-    """(title, what it says, rows) of each table."""
+    """(title, text, rows) of each table."""
     text = f"Batch {BATCH}, {SIZE} x {SIZE}, {CHANNELS} channels at the first level. BasicUNet as shipped has"
     text += " instance norm and LeakyReLU."
     yield "Segmentation: a training step", text, steps(rounds)
@@ -167,11 +167,11 @@ def sections(rounds):
             draw = float(np.median(times["draw"]))
             rows.append(milliseconds(f"{name}: choosing and transforming a batch", times["draw"]))
             rows.append(Row("... drawing / the whole step", list(draw / times["step"]), at_most=limit))
-        text = f"Registration: 16 pairs, segmentation: {BATCH} slices, {SIZE} x {SIZE}, resident, with the"
+        text = f"Registration: 16 pairs, segmentation: {BATCH} slices, {SIZE} x {SIZE}, in memory, with the"
         text += " random transforms of the `strong` recipe."
         yield "Data path: its share of a step", text, rows
         if DEVICE.type == "cuda" or "avx512_bf16" in Path("/proc/cpuinfo").read_text():
-            text = "The same steps as in the section before; `--precision` chooses."
+            text = "The same steps as in the previous section; `--precision` chooses."
             yield "Precision of a step", text, precisions(Path(folder), rounds)
-        text = "64 slices in batches of 32, in one process; MONAI's transforms are the nearest that it has."
+        text = "64 slices in batches of 32, in one process; MONAI's transforms are its closest equivalents."
         yield "Data path against MONAI's", text, data_path(Path(folder), rounds)

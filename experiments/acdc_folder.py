@@ -1,4 +1,4 @@
-"""The folder that the results call ACDC: 70 patients of the challenge's training set, ED and ES alone.
+"""Make the folder called ACDC in docs/results.md: 70 patients of the challenge's training set, ED and ES.
 
     python experiments/acdc_folder.py --data ACDC_DOWNLOAD --out ACDC
 
@@ -26,18 +26,18 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="the download: the folder above training/")
     parser.add_argument("--out", type=Path, default=Path("ACDC"), help="folder to write (default: ACDC)")
-    words = parser.parse_args(argv)
-    cases = {case.code: case for case in read_cases(words.data).good(skip_bad=True)}
+    args = parser.parse_args(argv)
+    cases = {case.code: case for case in read_cases(args.data).good(skip_bad=True)}
     patients = read_csv(PATIENTS)
     missing = [each["patient"] for each in patients if each["patient"] not in cases]
     if missing:
-        raise SystemExit(f"{words.data}: no {missing[0]} (and {len(missing) - 1} more) to be read there")
+        raise SystemExit(f"{args.data}: no {missing[0]} (and {len(missing) - 1} more), or not readable")
     rows = []
     for patient in patients:
         case, code = cases[patient["patient"]], patient["patient"].replace("patient", "ACDC")
         image, labels, _ = load_case(case)
         frames, source = [case.ed, case.es], nib.load(case.image)
-        folder = words.out / PLACES[patient["split"]] / code
+        folder = args.out / PLACES[patient["split"]] / code
         folder.mkdir(parents=True, exist_ok=True)
         experts = np.stack([labels[frame] for frame in frames], -1)
         for kind, array in (("sa", image[..., frames]), ("sa_gt", experts)):
@@ -46,8 +46,8 @@ def main(argv=None):
             volume.header.set_xyzt_units(*source.header.get_xyzt_units())
             nib.save(volume, folder / f"{code}_{kind}.nii.gz")
         rows.append(dict(zip(COLUMNS, (code, "A", 0, 1, patient["diagnosis"]))))
-    write_csv(words.out / "acdc_opendataset.csv", COLUMNS, rows)
-    print(f"{words.out}: {len(rows)} patients")
+    write_csv(args.out / "acdc_opendataset.csv", COLUMNS, rows)
+    print(f"{args.out}: {len(rows)} patients")
 
 
 if __name__ == "__main__":

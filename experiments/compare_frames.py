@@ -1,4 +1,4 @@
-"""Propagated labels of one cine beside labels of all its frames: Dice in 3-D over the slices kept.
+"""Compare propagated labels of one cine with labels of all its frames: Dice in 3-D over the slices kept.
 
     python propagate_labels.py --data DATA --out OUT --frames all --nifti
     python experiments/compare_frames.py --out OUT --labels ALL_FRAMES.nii.gz --case CODE
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from common import arguments
+from common import make_parser
 
 from cardiac import LABELS
 from cardiac.files import read_csv
@@ -16,16 +16,16 @@ from cardiac.metrics import dice
 
 
 def main():
-    parser = arguments(__doc__, data=False)
+    parser = make_parser(__doc__, data=False)
     parser.add_argument("--labels", type=Path, required=True, help="4-D NIfTI on the cine's grid")
     parser.add_argument("--case", required=True, help="code of the case")
-    words = parser.parse_args()
-    place = words.out / "propagation"
-    found = np.asarray(nib.load(place / "nifti" / f"{words.case}_sa_propagated.nii.gz").dataobj)
-    other = np.asarray(nib.load(words.labels).dataobj)
+    args = parser.parse_args()
+    place = args.out / "propagation"
+    found = np.asarray(nib.load(place / "nifti" / f"{args.case}_sa_propagated.nii.gz").dataobj)
+    other = np.asarray(nib.load(args.labels).dataobj)
     kept = {}
     for row in read_csv(place / "quality.csv"):
-        if row["case"] == words.case and row["kept"] == "1":
+        if row["case"] == args.case and row["kept"] == "1":
             kept.setdefault(int(row["frame"]), []).append(int(row["slice"]))
     scores = {}
     for frame, slices in sorted(kept.items()):

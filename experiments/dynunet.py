@@ -1,19 +1,19 @@
-"""Our U-Net beside MONAI's DynUNet (nnU-Net's architecture), on the expert labels of one dataset.
+"""Our U-Net against MONAI's DynUNet (nnU-Net's architecture), on the expert labels of one dataset.
 
     pip install monai
     python experiments/dynunet.py --data DATA --out experiments/runs/dynunet
 
-Three models of each seed: the paper's U-Net under the `paper` and under the `strong` recipe, and DynUNet in
-the latter's place: same split, augmentation, loss, running average, steps, best checkpoint by Validation.
-All go through `cardiac.training.fit` and are scored as `evaluate.py` does, in 3-D on each case's own grid.
-Finished runs are in OUT/cases.csv and are not run again; a stopped one goes on from where it was. Ends with
-the Dice on Testing and paired differences, with 95 % intervals over patients (and seeds). The minutes are
-wall time, validations included. Other flags are those of train_segmentation.py, for all three.
+Three models per seed: the paper's U-Net under the `paper` and under the `strong` recipe, and DynUNet in the
+latter's place: same split, augmentation, loss, running average, steps, best checkpoint by Validation. All are
+trained by `cardiac.training.fit` and scored as by `evaluate.py`, in 3-D on each case's own grid. Finished
+runs are in OUT/cases.csv and are not repeated; a stopped one is resumed. Ends with the Dice on Testing and
+paired differences, with 95 % intervals over patients (and seeds). The minutes are wall time, validations
+included. Other options are those of train_segmentation.py, for all three.
 """
 
 import numpy as np
 import torch
-from common import arguments, dice_of, results, with_interval
+from common import dice_of, make_parser, results, with_interval
 from monai.networks.nets import DynUNet
 
 from cardiac import CLASSES, REGIONS, evaluation
@@ -58,14 +58,14 @@ MODELS = {  # name: (recipe, task)
 }
 
 
-def run(model, seed, words, others):
+def run(model, seed, args, others):
     """Train and score one model: rows of OUT/cases.csv."""
     recipe, task_class = MODELS[model]
-    place = words.out / f"seed{seed}" / model.replace(", ", "-")
-    # a cache a recipe: they cut the slices in different places
-    common = ["--data", str(words.data), "--out", str(place), "--cache", str(words.out / f"cache-{recipe}")]
-    grid = ["--size", str(words.size), "--spacing", str(words.spacing), "--channels", str(words.channels)]
-    budget = ["--max-steps", str(words.steps), "--steps-per-epoch", str(words.steps_per_epoch)]
+    place = args.out / f"seed{seed}" / model.replace(", ", "-")
+    # one cache per recipe: they crop the slices differently
+    common = ["--data", str(args.data), "--out", str(place), "--cache", str(args.out / f"cache-{recipe}")]
+    grid = ["--size", str(args.size), "--spacing", str(args.spacing), "--channels", str(args.channels)]
+    budget = ["--max-steps", str(args.steps), "--steps-per-epoch", str(args.steps_per_epoch)]
     chosen = ["--recipe", recipe, "--labels", "original", "--seed", str(seed)]
     typed = [*common, *grid, *budget, *chosen, *others]
     settings = parse(SegmentationSettings, typed, None, own=("segmentation/original",))
@@ -80,7 +80,7 @@ def run(model, seed, words, others):
         load_network(task.network, folder / "best.pt", device)
         seconds = float(read_csv(folder / "log.csv")[-1]["seconds"])
     cases = [case for case in cache.split("Testing") if case.labelled]
-    how = EvaluationSettings(data=words.data, out=place, workers=settings.workers)
+    how = EvaluationSettings(data=args.data, out=place, workers=settings.workers)
     network = Mirrored(task.network) if recipe == "strong" else task.network
     scored = evaluation.score_model(model, network, cache, cases, how, device, place / "predictions")
     parameters = sum(each.numel() for each in task.network.parameters())
@@ -88,7 +88,7 @@ def run(model, seed, words, others):
 
 
 def print_results(rows):
-    """Dice on Testing by region and in all, and the paired differences."""
+    """Print the Dice on Testing, by region and overall, and the paired differences."""
     seeds, cases = ({row[name] for row in rows} for name in ("seed", "case"))
     print(f"\nDice on Testing, {len(cases)} patients, {len(seeds)} seed(s); [95 % interval]\n")
     lines = [["model", *REGIONS, "mean", "parameters", "training minutes"]]
@@ -108,13 +108,13 @@ def print_results(rows):
 
 def main():
     numbers = {"seeds": 1, "size": 112, "spacing": 1.5, "channels": 16, "steps": 800, "steps_per_epoch": 100}
-    words, others = arguments(__doc__, "dynunet", **numbers).parse_known_args()
-    jobs = [{"seed": seed, "model": model} for seed in range(words.seeds) for model in MODELS]
+    args, others = make_parser(__doc__, "dynunet", **numbers).parse_known_args()
+    jobs = [{"seed": seed, "model": model} for seed in range(args.seeds) for model in MODELS]
 
     def train(**job):
-        return run(**job, words=words, others=others)
+        return run(**job, args=args, others=others)
 
-    print_results(results(words.out / "cases.csv", COLUMNS, jobs, train, words, others))
+    print_results(results(args.out / "cases.csv", COLUMNS, jobs, train, args, others))
 
 
 if __name__ == "__main__":

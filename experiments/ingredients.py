@@ -1,17 +1,17 @@
-"""What each ingredient of the strong registration is worth: one more at a time, at equal steps.
+"""What each ingredient of the strong registration is worth: added one at a time, at equal steps.
 
     python experiments/ingredients.py --data DATA --out experiments/runs/ingredients
 
 Every line of the table is a run of train_registration.py; its quality.csv gives the Dice of ED's label
 carried to ES, in 3-D on each case's own grid, mean over regions and cases of Validation and of Testing (and
-its standard deviation over seeds), and the largest share of folded pixels near the heart. Runs that are in
-OUT/runs.csv already are not made again.
+its standard deviation over seeds), and the largest share of folded pixels near the heart. Runs that are
+already in OUT/runs.csv are not repeated.
 """
 
 import re
 
 import numpy as np
-from common import arguments, call, over_seeds, results
+from common import call, make_parser, over_seeds, results
 
 import train_registration
 from cardiac import REGIONS
@@ -21,7 +21,7 @@ from cardiac.files import read_csv
 COLUMNS = ("name", "seed", "split", *REGIONS, "mean", "folding_percent")
 AUGMENTED = ("--crop", "motion", "--augment", "--averaging", "0.998")
 LABELLED = (*AUGMENTED, "--dice-weight", "0.5")
-RUNS = {  # each with the words of the one before it, from `paper` to `strong`
+RUNS = {  # from `paper` to `strong`, each adds options to the one before
     "paper": (),
     "and crop about what moves": AUGMENTED[:2],
     "and augmentation, averaged weights": AUGMENTED,
@@ -51,19 +51,19 @@ def scores(folder):
 
 
 def main():
-    parser = arguments(__doc__, "ingredients", seeds=1, size=96, spacing=1.5, steps=2000)
-    words = parser.parse_args()
+    parser = make_parser(__doc__, "ingredients", seeds=1, size=96, spacing=1.5, steps=2000)
+    args = parser.parse_args()
 
     def run(name, seed):
-        folder = words.out / f"seed{seed}" / re.sub(r"\W+", "-", name)
-        cache = words.out / ("cache-centre" if name == "paper" else "cache-motion")
-        common = ["--data", words.data, "--cache", cache, "--out", folder, "--seed", seed]
-        grid = ["--size", words.size, "--spacing", words.spacing, "--max-steps", words.steps]
+        folder = args.out / f"seed{seed}" / re.sub(r"\W+", "-", name)
+        cache = args.out / ("cache-centre" if name == "paper" else "cache-motion")
+        common = ["--data", args.data, "--cache", cache, "--out", folder, "--seed", seed]
+        grid = ["--size", args.size, "--spacing", args.spacing, "--max-steps", args.steps]
         call(train_registration, *common, *grid, *RUNS[name])
         return [{"split": split, **row} for split, row in scores(folder).items()]
 
-    jobs = [{"name": name, "seed": seed} for seed in range(words.seeds) for name in RUNS]
-    rows = results(words.out / "runs.csv", COLUMNS, jobs, run, words)
+    jobs = [{"name": name, "seed": seed} for seed in range(args.seeds) for name in RUNS]
+    rows = results(args.out / "runs.csv", COLUMNS, jobs, run, args)
     lines = [
         ["registration", "Validation", *(f"Testing {name}" for name in (*REGIONS, "mean")), "folding, %"]
     ]

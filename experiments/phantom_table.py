@@ -1,16 +1,16 @@
-"""Table 1 on the phantom under both recipes, with the oracle, which is trained on every frame's true label.
+"""Table 1 on the phantom under both recipes, with an oracle, trained on the true label of every frame.
 
     python experiments/phantom_table.py --out experiments/runs/phantom --seeds 5
 
-One registration a recipe carries the labels; each seed trains three U-Nets a recipe at equal steps. Those
-that are in OUT/cases.csv already are not trained again. Ends with the table, mean and standard deviation over
+One registration per recipe carries the labels; each seed trains three U-Nets per recipe at equal steps.
+Those already in OUT/cases.csv are not retrained. Ends with the table, mean and standard deviation over
 seeds, and with differences of a patient's mean Dice, with 95 % intervals over patients and seeds.
 """
 
 import shutil
 
 import numpy as np
-from common import arguments, by_seed, call, over_seeds, phantom_in, results, with_interval
+from common import by_seed, call, make_parser, over_seeds, phantom_in, results, with_interval
 
 import propagate_labels
 import train_registration
@@ -38,17 +38,17 @@ DIFFERENCES = (  # pairs of (recipe, model)
 )
 
 
-def register_and_propagate(out, common, words):
-    """One registration and propagation for all seeds; its cache, its labels' score against the truth."""
-    grid = ["--size", words.size, "--spacing", words.spacing]
-    call(train_registration, *common, "--out", out, *grid, "--max-steps", words.registration_steps)
+def register_and_propagate(out, common, args):
+    """Register and propagate once for all seeds; returns the cache and the labels' true scores."""
+    grid = ["--size", args.size, "--spacing", args.spacing]
+    call(train_registration, *common, "--out", out, *grid, "--max-steps", args.registration_steps)
     call(propagate_labels, *common, "--out", out)
     typed = [str(word) for word in (*common, "--out", out)]
     settings = parse(PropagationSettings, typed, None, earlier=("registration",))
     return open_cache(settings), demo.score_against_truth(settings)
 
 
-def train_and_score(model, out, common, seed, words, cache, recipe):
+def train_and_score(model, out, common, seed, args, cache, recipe):
     """Train and score one U-Net: rows of cases.csv."""
     device, place = choose_device("auto"), out / f"seed{seed}" / model
     shutil.copytree(out / "registered" / "propagation", place / "propagation", dirs_exist_ok=True)
@@ -57,10 +57,10 @@ def train_and_score(model, out, common, seed, words, cache, recipe):
         made_from = f"the phantom's truth, {training_digest(cases)}"
         oracle_labels(cache).write(place / "propagation" / "labels.h5", made_from)
     kind = "original" if model == "original" else "propagated"
-    grid = ["--size", words.size, "--spacing", words.spacing, "--channels", words.channels]
+    grid = ["--size", args.size, "--spacing", args.spacing, "--channels", args.channels]
     typed = [str(word) for word in (*common, *grid, "--out", place, "--seed", seed)]
-    call(train_segmentation, *typed, "--max-steps", words.steps, "--steps-per-epoch", 100, "--labels", kind)
-    network = SegmentationNetwork(words.channels)
+    call(train_segmentation, *typed, "--max-steps", args.steps, "--steps-per-epoch", 100, "--labels", kind)
+    network = SegmentationNetwork(args.channels)
     load_network(network, place / "segmentation" / kind / "best.pt", device)
     network = Mirrored(network) if recipe == "strong" else network
     settings = parse(EvaluationSettings, typed, None)
@@ -82,14 +82,14 @@ def oracle_labels(cache):
 
 
 def dice_of(rows, recipe, model, vendors):
-    """Mean Dice of each seed and patient of these vendors: (seeds, patients)."""
+    """Mean Dice (seeds, patients) of one model on these vendors."""
     return by_seed(
         rows, lambda row: (row["recipe"], row["model"]) == (recipe, model) and row["vendor"] in vendors
     )
 
 
 def print_results(rows, truth):
-    """Table 1 of both recipes, the differences, and the propagated labels against the truth."""
+    """Print Table 1 of both recipes, the differences, and the propagated labels against the truth."""
     seeds = sorted({row["seed"] for row in rows}, key=int)
     numbers = [{**row, "dice": float(row["dice"] or "nan")} for row in rows]
     lines = [["recipe", *evaluation.TABLE]]
@@ -114,25 +114,25 @@ def print_results(rows, truth):
 
 def main():
     numbers = {"seeds": 5, "size": 96, "spacing": 1.75, "channels": 8, "steps": 600}
-    parser = arguments(__doc__, "phantom", data=False, **numbers, registration_steps=1500)
-    words = parser.parse_args()
-    data, caches, truth = phantom_in(words.out / "phantom"), {}, {}
+    parser = make_parser(__doc__, "phantom", data=False, **numbers, registration_steps=1500)
+    args = parser.parse_args()
+    data, caches, truth = phantom_in(args.out / "phantom"), {}, {}
     common = {
-        # a cache a recipe: they cut the slices in different places
-        recipe: ["--data", data, "--cache", words.out / f"cache-{recipe}", "--recipe", recipe]
+        # one cache per recipe: they crop the slices differently
+        recipe: ["--data", data, "--cache", args.out / f"cache-{recipe}", "--recipe", recipe]
         for recipe in RECIPES
     }
     for recipe in RECIPES:
-        place = words.out / recipe / "registered"
-        caches[recipe], truth[recipe] = register_and_propagate(place, common[recipe], words)
+        place = args.out / recipe / "registered"
+        caches[recipe], truth[recipe] = register_and_propagate(place, common[recipe], args)
 
     def run(seed, recipe, model):
-        place = words.out / recipe
-        return train_and_score(model, place, common[recipe], seed, words, caches[recipe], recipe)
+        place = args.out / recipe
+        return train_and_score(model, place, common[recipe], seed, args, caches[recipe], recipe)
 
     jobs = [{"seed": seed, "recipe": recipe, "model": model}
-            for seed in range(words.seeds) for recipe in RECIPES for model in MODELS]
-    print_results(results(words.out / "cases.csv", COLUMNS, jobs, run, words), truth)
+            for seed in range(args.seeds) for recipe in RECIPES for model in MODELS]
+    print_results(results(args.out / "cases.csv", COLUMNS, jobs, run, args), truth)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""Propagated labels against the truth of every frame of the phantom, and what trust says of their errors.
+"""Propagated labels against the phantom's truth in every frame, and how well trust predicts their errors.
 
     python experiments/phantom_truth.py --out experiments/runs/truth --seeds 3
 
 For every seed and recipe, and for `strong` without refining velocities on their own images: register,
-propagate, and score every slice that lies between ED and ES on its case's own grid. Rows that are in
-OUT/slices.csv already are not made again. Ends with two tables, of the slices that a recipe keeps and of
-those that all keep, mean over seeds (and standard deviation): Dice in 3-D; the error (1 - Dice) of the 80 %
-most trusted slices beside that of the rest; Spearman's correlation of a slice's true Dice with its
-confidence, its place (nearness to the middle of the labelled slices) and the area of its label.
+propagate, and score every slice of the frames between ED and ES on its case's own grid. Rows already in
+OUT/slices.csv are not redone. Ends with two tables, of the slices that each recipe keeps and of those that
+all keep, mean over seeds (and standard deviation): Dice in 3-D; the error (1 - Dice) of the 80 % most trusted
+slices and of the rest; Spearman's correlation of a slice's true Dice with its confidence, its place (nearness
+to the middle of the labelled slices) and the area of its label.
 """
 
 import numpy as np
-from common import arguments, call, over_seeds, phantom_in, results
+from common import call, make_parser, over_seeds, phantom_in, results
 from scipy.stats import spearmanr
 
 import propagate_labels
@@ -28,7 +28,7 @@ from cardiac.settings import PropagationSettings, parse
 COLUMNS = ("seed", "recipe", "case", "frame", "slice", "kept", "confidence", "place", "area_mm2", "dice",
            *(f"{kind}_{region}" for region in REGIONS for kind in ("both", "either")))
 
-# in a table: recipe, words of the propagation
+# name in the tables: recipe, options of the propagation
 RECIPES = {
     "paper": ("paper", []),
     "strong, --refine 0": ("strong", ["--refine", 0]),
@@ -36,13 +36,13 @@ RECIPES = {
 }
 
 
-def run(out, data, words, seed, recipe):
-    """Register and propagate; the rows of slices.csv."""
+def run(out, data, args, seed, recipe):
+    """Register and propagate; returns rows of slices.csv."""
     recipe, propagation = RECIPES[recipe]
     folder = out / f"seed{seed}" / recipe
     common = ["--data", data, "--cache", out / f"cache-{recipe}", "--out", folder]
-    grid = ["--size", words.size, "--spacing", words.spacing]
-    steps = ["--seed", seed, "--recipe", recipe, "--max-steps", words.steps]
+    grid = ["--size", args.size, "--spacing", args.spacing]
+    steps = ["--seed", seed, "--recipe", recipe, "--max-steps", args.steps]
     call(train_registration, *common, *grid, *steps)
     call(propagate_labels, *common, *propagation, "--overwrite")
     settings = parse(PropagationSettings, [str(word) for word in common], None, earlier=("registration",))
@@ -50,7 +50,7 @@ def run(out, data, words, seed, recipe):
 
 
 def score(folder, cache):
-    """The propagated labels of a run, slice by slice, against the truth."""
+    """Score the propagated labels of a run, slice by slice, against the truth."""
     propagated, rows = Propagated.read(folder / "propagation" / "labels.h5"), []
     quality = {
         (r["case"], int(r["frame"]), int(r["slice"])): r
@@ -111,14 +111,14 @@ def kept_by_all(rows):
 
 
 def print_results(rows):
-    """The table of the slices that each recipe keeps, and of those that all keep."""
+    """Print the table of the slices that each recipe keeps, and that of those that all keep."""
     for what, chosen in (("a recipe keeps", rows), ("every recipe keeps", kept_by_all(rows))):
         print(f"\nslices that {what}:")
         print_table(chosen)
 
 
 def print_table(rows):
-    """A table, a row a recipe."""
+    """Print a table with one row per recipe."""
     table = [["recipe", "slices", "kept", *REGIONS, "mean", "error of 80 % most trusted", "of the rest",
               "Spearman: trust", "place", "area"]]
     for recipe in dict.fromkeys(row["recipe"] for row in rows):
@@ -134,12 +134,12 @@ def print_table(rows):
 
 
 def main():
-    parser = arguments(__doc__, "truth", data=False, seeds=3, size=112, spacing=1.4, steps=2500)
-    words = parser.parse_args()
-    data = phantom_in(words.out / "phantom")
-    jobs = [{"seed": seed, "recipe": recipe} for seed in range(words.seeds) for recipe in RECIPES]
-    path = words.out / "slices.csv"
-    print_results(results(path, COLUMNS, jobs, lambda **job: run(words.out, data, words, **job), words))
+    parser = make_parser(__doc__, "truth", data=False, seeds=3, size=112, spacing=1.4, steps=2500)
+    args = parser.parse_args()
+    data = phantom_in(args.out / "phantom")
+    jobs = [{"seed": seed, "recipe": recipe} for seed in range(args.seeds) for recipe in RECIPES]
+    path = args.out / "slices.csv"
+    print_results(results(path, COLUMNS, jobs, lambda **job: run(args.out, data, args, **job), args))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What propagated labels are worth where only ED is labelled: patient-wise folds of one dataset.
+"""What propagated labels are worth if only ED is labelled: patient-wise folds of one dataset.
 
     python experiments/scarce_labels.py --data DATA --out experiments/runs/scarce
 
-All labelled patients of DATA are dealt into folds; each is tested on by networks trained on the others. With
-the expert labels of ED alone (--labelled-phases ED) the registration learns from images, carries them to ES,
-and `original` (ED) and `propagated` (ED and carried ES) are trained at equal steps; `bound` is trained on the
-expert labels of both. `--patients all 5 10 25` does it for so many labelled patients as well, the others
-being unlabelled, without the `bound`; `--seeds N` trains all networks of a fold N times; further words go to
-both training scripts. Finished runs are in OUT/cases.csv and are not run again. Ends with the Dice at ES, and
+All labelled patients of DATA are split into folds; each fold tests networks trained on the others. With only
+the expert labels of ED (--labelled-phases ED), the registration learns from images and carries them to ES;
+`original` (ED) and `propagated` (ED and carried ES) are trained at equal steps, and `bound` on the expert
+labels of both. `--patients all 5 10 25` repeats this with only so many labelled patients, the others being
+unlabelled, without `bound`; `--seeds N` trains all networks of a fold N times; other options go to both
+training scripts. Finished runs are in OUT/cases.csv and are not repeated. Ends with the Dice at ES, and
 paired differences with 95 % intervals over patients and seeds.
 """
 
@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-from common import arguments, call, dice_of, over_seeds, results, with_interval
+from common import call, dice_of, make_parser, over_seeds, results, with_interval
 
 import evaluate
 import propagate_labels
@@ -30,7 +30,7 @@ COLUMNS = ("seed", "fold", "patients", *evaluation.CASES)
 
 
 def write_fold(data, root, fold, folds):
-    """Lay out a dataset like M&Ms at `root`, links to DATA's files: one fold Testing, the others Training."""
+    """Lay out a dataset like M&Ms at `root`, of links to `data`: one fold is Testing, the rest Training."""
     dataset = read_cases(data)
     cases = sorted((case for case in dataset.good(False) if case.labels), key=lambda case: case.code)
     order = np.random.default_rng(0).permutation(len(cases))
@@ -49,16 +49,16 @@ def write_fold(data, root, fold, folds):
     return root
 
 
-def run(data, out, patients, seed, words, others):
+def run(data, out, patients, seed, args, others):
     """Train and score `original`, `propagated` and, with all patients labelled, `bound` on one fold from one
-    seed: rows of cases.csv.
+    seed; returns rows of cases.csv.
     """
-    common = ["--data", data, "--cache", data.parent / "cache", "--recipe", words.recipe, "--seed", seed]
-    grid = ["--size", words.size, "--spacing", words.spacing]
+    common = ["--data", data, "--cache", data.parent / "cache", "--recipe", args.recipe, "--seed", seed]
+    grid = ["--size", args.size, "--spacing", args.spacing]
     few = [] if patients == "all" else ["--labelled-cases", patients]
-    budget = ["--max-steps", words.steps, "--steps-per-epoch", 100, "--channels", words.channels, *others]
+    budget = ["--max-steps", args.steps, "--steps-per-epoch", 100, "--channels", args.channels, *others]
     carried, bound = out / "carried", out / "bound"
-    steps = ["--max-steps", words.registration_steps, *others]
+    steps = ["--max-steps", args.registration_steps, *others]
     call(train_registration, *common, *grid, *few, *steps, "--labelled-phases", "ED", "--out", carried)
     call(propagate_labels, *common, "--out", carried)
     call(train_segmentation, *common, *budget, "--out", carried)
@@ -90,20 +90,20 @@ def print_results(rows):
 
 def main():
     numbers = {"folds": 5, "seeds": 1, "size": 96, "spacing": 1.6, "channels": 16, "steps": 500}
-    parser = arguments(__doc__, "scarce", **numbers, registration_steps=1000)
+    parser = make_parser(__doc__, "scarce", **numbers, registration_steps=1000)
     what = "numbers of labelled patients to try, or all"
     parser.add_argument("--patients", nargs="+", default=["all"], help=what)
     parser.add_argument("--recipe", default="strong", choices=("paper", "strong"))
-    words, others = parser.parse_known_args()
+    args, others = parser.parse_known_args()
 
     def train(seed, fold, patients):
-        place = words.out / f"fold{fold}"
-        data = write_fold(words.data, place / "data", fold, words.folds)
-        return run(data, place / patients / f"seed{seed}", patients, seed, words, others)
+        place = args.out / f"fold{fold}"
+        data = write_fold(args.data, place / "data", fold, args.folds)
+        return run(data, place / patients / f"seed{seed}", patients, seed, args, others)
 
-    jobs = [{"seed": seed, "fold": fold, "patients": patients} for seed in range(words.seeds)
-            for fold in range(words.folds) for patients in words.patients]
-    print_results(results(words.out / "cases.csv", COLUMNS, jobs, train, words, others))
+    jobs = [{"seed": seed, "fold": fold, "patients": patients} for seed in range(args.seeds)
+            for fold in range(args.folds) for patients in args.patients]
+    print_results(results(args.out / "cases.csv", COLUMNS, jobs, train, args, others))
 
 
 if __name__ == "__main__":

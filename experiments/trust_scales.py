@@ -1,20 +1,20 @@
-"""How well trust tells whether a carried pixel is right: the scales of `cardiac/trust.py`, its reliability.
+"""How well trust predicts whether a carried pixel is right, and the constants of `cardiac/trust.py`.
 
     python train_registration.py --data ACDC --out runs/ed --recipe strong --labelled-phases ED
     python experiments/trust_scales.py --data ACDC --out runs/ed
 
 ED's label is carried to ES by the registration in OUT and compared with the expert's, pixel by pixel within a
-few pixels of the carried label, in the cases of one split. Prints the scale of the image difference that
-makes trust the likeliest probability of being right; how often pixels are right by their trust; from base to
-apex, how slices fare; and how often the outermost slice that shows a region at ED has lost it at ES. Fit on
-cases whose ES labels the registration never saw.
+few pixels of the carried label, in the cases of one split. Prints the maximum-likelihood scale of the image
+difference, with trust as the probability of being right; how often pixels are right, by their trust; the Dice
+of slices from base to apex; and how often the outermost slice that shows a region at ED has lost it at ES.
+Use it on cases whose ES labels the registration never saw.
 """
 
 import dataclasses
 
 import numpy as np
 import torch
-from common import arguments
+from common import make_parser
 from scipy.optimize import minimize_scalar
 
 from cardiac import LABELS, propagation, trust
@@ -28,9 +28,9 @@ from cardiac.slices import SliceStore
 
 
 def carried_pixels(network, cache, case, device, steps):
-    """Columns residual, trust and right (0 or 1) of a case's pixels; rows of its slices, from the base
-    on: Dice of each region, and whether the carried RV has nothing to lie on; and of its outermost
-    slices: end, region, and whether it is gone.
+    """Columns residual, trust and right (0 or 1) of a case's pixels; rows of its slices, from the base on:
+    Dice of each region, and whether the expert has no RV where one was carried (NaN if none was); and
+    (end, region, whether it is gone at ES) of its outermost slices.
     """
     store = SliceStore(cache, [dataclasses.replace(case, withheld=())], device, None)
     (case,) = store.cases
@@ -60,27 +60,27 @@ def carried_pixels(network, cache, case, device, steps):
 
 
 def likeliest_scale(residual, certainty, right):
-    """The scale of the residual that makes `right` likeliest, its probability being trust as it would be."""
+    """The residual's maximum-likelihood scale, with the resulting trust as the probability of `right`."""
     rest = certainty * np.exp(residual / trust.RESIDUAL_SCALE)
 
-    def surprise(scale):
+    def negative_log_likelihood(scale):
         log_p = np.log(rest.clip(1e-6)) - residual / scale
         return -np.where(right > 0, log_p, np.log(-np.expm1(np.minimum(log_p, -1e-6)))).mean()
 
-    return minimize_scalar(surprise, bounds=(0.1, 10), method="bounded").x
+    return minimize_scalar(negative_log_likelihood, bounds=(0.1, 10), method="bounded").x
 
 
 def main():
-    parser = arguments(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--split", default="Training", choices=("Training", "Validation", "Testing"))
-    words, others = parser.parse_known_args()
-    typed = ["--data", str(words.data), "--out", str(words.out), *others]
+    args, others = parser.parse_known_args()
+    typed = ["--data", str(args.data), "--out", str(args.out), *others]
     settings = parse(PropagationSettings, typed, None, earlier=("registration",))
     device, cache = choose_device(settings.device), open_cache(settings)
     network, _ = propagation.load_registration(settings.out, device)
-    cases = [case for case in cache.split(words.split) if case.labelled]
+    cases = [case for case in cache.split(args.split) if case.labelled]
     if not cases:
-        raise SystemExit(f"{settings.data}: no labelled case in {words.split}; choose another --split")
+        raise SystemExit(f"{settings.data}: no labelled case in {args.split}; choose another --split")
     steps = settings.refine
     columns, stacks, outermost = zip(*(carried_pixels(network, cache, case, device, steps) for case in cases))
     residual, certainty, right = np.concatenate(columns, 1).astype(float)
@@ -88,7 +88,7 @@ def main():
         f"{len(cases)} cases, {right.size} pixels near the carried labels, {100 * right.mean():.1f} % right"
     )
     scale = likeliest_scale(residual, certainty, right)
-    print(f"likeliest scale of the residual: {scale:.2f}; in use {trust.RESIDUAL_SCALE}")
+    print(f"maximum-likelihood scale of the residual: {scale:.2f}; in use {trust.RESIDUAL_SCALE}")
     edges = np.quantile(certainty, np.linspace(0, 1, 6))
     fifth = np.searchsorted(edges[1:-1], certainty)
     lines = [["fifth of the pixels, by trust", "mean trust", "right"]]

@@ -1,22 +1,22 @@
-"""Our registration beside VoxelMorph 0.2, on the same batches: at equal steps, and at equal time.
+"""Our registration against VoxelMorph 0.2, on the same batches: at equal steps, and at equal time.
 
     pip install --no-deps voxelmorph==0.2
     OMP_NUM_THREADS=1 python experiments/voxelmorph.py --data DATA --out experiments/runs/voxelmorph
 
 Three contestants: ours, `VxmDense` as shipped (default features, int_downsize 2), and the same with
-unet_half_res. All take the strong recipe's batches, augmentation, loss and running average of the weights,
+unet_half_res. All use the strong recipe's batches, augmentation, loss and running average of the weights,
 Adam at a constant rate without a schedule, and channels_last, which is the faster layout for each of them.
 VoxelMorph integrates, resizes and warps with its own layers.
 
-First every contestant takes every rate of --lrs for --sweep-steps steps; the one with the best Validation
-Dice goes on (OUT/seedK/contest/scores.csv has all scores). They take turns of --turn steps, the next one
-always to whom has trained the shortest time, until the slowest has taken --steps: one run gives both
-comparisons. Time is this process's CPU time on one thread, which other work on the machine disturbs less than
-wall time; it counts the drawing of batches, not the scoring. Score: ED's label carried to ES against the
-expert's, Dice in 3-D on the cache's grid, every --every steps. Of each budget the best checkpoint by
-Validation is the one whose Testing is shown, mean over --seeds contests.
+First every contestant is trained at every learning rate of --lrs for --sweep-steps steps; its rate with the
+best Validation Dice is kept (OUT/seedK/contest/scores.csv has all scores). Then they take turns of --turn
+steps, the next turn always going to the one trained for the shortest time, until the slowest has taken
+--steps: one run gives both comparisons. Time is this process's CPU time on one thread, which other work on
+the machine disturbs less than wall time; it includes drawing batches, but not scoring. Score: ED's label
+carried to ES against the expert's, Dice in 3-D on the cache's grid, every --every steps. For each budget,
+Testing is that of the best checkpoint by Validation, mean over --seeds contests.
 
-Stopped, the same command goes on from the last scoring. Other flags are those of train_registration.py.
+If stopped, the same command resumes from the last scoring. Other options are those of train_registration.py.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ import time
 
 import numpy as np
 import torch
-from common import arguments, over_seeds, voxelmorph_networks
+from common import make_parser, over_seeds, voxelmorph_networks
 from scipy.ndimage import distance_transform_edt
 
 from cardiac import LABELS, REGIONS
@@ -47,7 +47,7 @@ COLUMNS = ("contestant", "lr", "step", "cpu_seconds", "split", *REGIONS, "mean",
 
 
 class VoxelMorph(Registration):
-    """The same task with `VxmDense`. Its displacement, too, is in pixels, along H first, fixed to moving."""
+    """The same task with `VxmDense`. Its displacement is also in pixels, along H first, fixed to moving."""
 
     def __init__(self, settings, training, validation, half_resolution):
         super().__init__(settings, training, validation)
@@ -56,9 +56,9 @@ class VoxelMorph(Registration):
         self.network = voxelmorph_networks().VxmDense(shape, unet_half_res=half_resolution)
 
     def register(self, moving, fixed, regions):
-        """What VxmDense.forward does; it does not return velocity and displacement both.
+        """As VxmDense.forward, which does not return both velocity and displacement.
 
-        Its own transformer, for image and labels at once: zeros outside, align_corners=True.
+        Its own transformer warps image and labels at once: zeros outside, align_corners=True.
         """
         network = self.network
         flow = network.flow(network.unet_model(torch.cat([moving, fixed], dim=1)))
@@ -75,7 +75,7 @@ CONTESTANTS = {
 
 
 class Entrant:
-    """A contestant at one learning rate: its training, clock and scores, from OUT where it stopped."""
+    """A contestant at one learning rate: its training, time and scores, resumed from OUT."""
 
     def __init__(self, name, lr, settings, stores, folder):
         self.name, self.lr, self.stores = name, lr, stores
@@ -95,7 +95,7 @@ class Entrant:
             self.step, self.seconds, self.rows = (state[key] for key in ("step", "seconds", "rows"))
 
     def train(self, steps):
-        """So many steps more, on the clock."""
+        """Train for so many more steps, and add their CPU time."""
         begun, optimizer = time.process_time(), self.parts["optimizer"]
         self.task.network.train()
         for _ in range(steps):
@@ -127,8 +127,8 @@ class Entrant:
 
 @torch.no_grad()
 def scores(task, store):
-    """ED's label carried to ES: Dice by region and in all, mean over cases, and folding within 10 mm of both
-    labels, percent.
+    """ED's label carried to ES: Dice by region and overall, mean over cases, and percent of folded pixels
+    within 10 mm of either label.
     """
     found, folding = [], []
     for case in store.cases:
@@ -145,15 +145,15 @@ def scores(task, store):
     return {**by_region, "mean": float(np.nanmean(found)), "folding_percent": float(np.mean(folding))}
 
 
-def take_turns(entrants, until, words, wait):
-    """Train until everyone has taken `until` steps, the next turn to whom has trained the shortest time.
+def take_turns(entrants, until, args, wait):
+    """Train until all have taken `until` steps; the next turn goes to the one trained for the shortest time.
 
-    wait: whether those who have taken them wait, instead of going on for the time that the others need.
+    wait: whether those that have taken them wait, instead of training on while the others catch up.
     """
     while behind := [entrant for entrant in entrants if entrant.step < until]:
         entrant = min(behind if wait else entrants, key=lambda each: each.seconds)
-        entrant.train(words.turn)
-        if entrant.step % words.every == 0:
+        entrant.train(args.turn)
+        if entrant.step % args.every == 0:
             entrant.score()
     for entrant in entrants:
         if entrant.rows[-1]["step"] != entrant.step:
@@ -161,8 +161,8 @@ def take_turns(entrants, until, words, wait):
 
 
 def best(entrant, until):
-    """What is shown of a contestant: steps, CPU minutes, and the scores of its best checkpoint by Validation
-    among those of the first `until` steps, or of all its time.
+    """A contestant's figures: steps, CPU minutes, and the scores of its best checkpoint by Validation, among
+    those of the first `until` steps or, if None, all.
     """
     rows = [row for row in entrant.rows if until is None or row["step"] <= until]
     found = max((row for row in rows if row["split"] == "Validation"), key=lambda row: row["mean"])
@@ -172,7 +172,7 @@ def best(entrant, until):
 
 
 def print_table(contests, until=None):
-    """A row a contestant: mean over the contests of all seeds, standard deviation in brackets."""
+    """Print one row per contestant: mean over the seeds' contests, standard deviation in brackets."""
     title = ["contestant", "lr", "steps", "CPU minutes", "Validation"]
     lines = [title + [f"Testing {name}" for name in (*REGIONS, "mean")] + ["folding, %"]]
     for same in zip(*contests):
@@ -184,11 +184,11 @@ def print_table(contests, until=None):
     print(f"\nequal {'steps' if until else 'time'}\n\n{aligned(lines, markdown=True)}")
 
 
-def contest(words, others, seed):
-    """Hold the contest of a seed, on from where it stopped; returns the finalists."""
-    grid = ["--size", str(words.size), "--spacing", str(words.spacing), "--recipe", "strong"]
-    common = ["--data", str(words.data), "--cache", str(words.out / "cache"), "--seed", str(seed)]
-    typed = [*common, "--out", str(words.out / f"seed{seed}"), *grid, *others]
+def contest(args, others, seed):
+    """Run or resume the contest of a seed; returns each contestant at its best learning rate."""
+    grid = ["--size", str(args.size), "--spacing", str(args.spacing), "--recipe", "strong"]
+    common = ["--data", str(args.data), "--cache", str(args.out / "cache"), "--seed", str(seed)]
+    typed = [*common, "--out", str(args.out / f"seed{seed}"), *grid, *others]
     settings = parse(RegistrationSettings, typed, None, own=("contest",))
     cache, device = open_cache(settings), torch.device("cpu")
     training, validation, _ = cache.training_and_validation(settings.seed, settings.held_out)
@@ -201,27 +201,27 @@ def contest(words, others, seed):
         entrants = [
             Entrant(name, lr, dataclasses.replace(settings, lr=lr), stores, folder)
             for name in CONTESTANTS
-            for lr in words.lrs
+            for lr in args.lrs
         ]
-        take_turns(entrants, words.sweep_steps, words, wait=True)
-        ranked = sorted(entrants, key=lambda each: each.validation(words.sweep_steps))
-        finalists = list({each.name: each for each in ranked}.values())  # of a name the last: its best
+        take_turns(entrants, args.sweep_steps, args, wait=True)
+        ranked = sorted(entrants, key=lambda each: each.validation(args.sweep_steps))
+        finalists = list({each.name: each for each in ranked}.values())  # the last of each name: its best
         finalists.sort(key=lambda each: list(CONTESTANTS).index(each.name))
-        take_turns(finalists, words.steps, words, wait=False)
+        take_turns(finalists, args.steps, args, wait=False)
         write_csv(folder / "scores.csv", COLUMNS, [row for entrant in entrants for row in entrant.rows])
     return finalists
 
 
 def main():
     numbers = {"seeds": 3, "size": 96, "spacing": 1.5, "steps": 3000, "sweep_steps": 600}
-    parser = arguments(__doc__, "voxelmorph", **numbers, every=200, turn=50)
+    parser = make_parser(__doc__, "voxelmorph", **numbers, every=200, turn=50)
     parser.add_argument("--lrs", type=float, nargs="+", default=[3e-4, 1e-3], help="learning rates swept")
-    words, others = parser.parse_known_args()
-    if words.every % words.turn or words.sweep_steps % words.every or words.steps % words.every:
+    args, others = parser.parse_known_args()
+    if args.every % args.turn or args.sweep_steps % args.every or args.steps % args.every:
         parser.error("--every must be a multiple of --turn; --sweep-steps and --steps multiples of --every")
     torch.set_num_threads(1)
-    contests = [contest(words, others, seed) for seed in range(words.seeds)]
-    print_table(contests, words.steps)
+    contests = [contest(args, others, seed) for seed in range(args.seeds)]
+    print_table(contests, args.steps)
     print_table(contests)
 
 

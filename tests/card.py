@@ -1,10 +1,10 @@
-"""A CUDA card made of the CPU: where there is no card, it finds what would fail on one or wait for it.
+"""A CUDA GPU simulated on the CPU: it finds, without a GPU, what would fail on one or wait for it.
 
-A `Card` is a tensor that says it lies on cuda:0 and has its numbers on the CPU. An operation on tensors of
-both sides raises (by an index on the CPU, too, which a card would copy), NumPy cannot read it, and it cannot
-be handed to another process. What makes the processor wait for a card is counted: numbers and sizes that
-depend on what was computed, copies from the card, and copies to it that do not say `non_blocking` or are of
-more than 64 KB that are not pinned. Autocast is the CPU's.
+A `Card` is a tensor that claims to be on cuda:0 but has its values on the CPU. An operation on tensors of
+both devices raises (also indexing by a CPU tensor, which a GPU would copy), NumPy cannot read it, and it
+cannot be passed to another process. What makes the CPU wait for a GPU is counted: values and sizes that
+depend on results, copies from the GPU, and copies to it that are not `non_blocking` or, above 64 KB, not
+pinned. Autocast is the CPU's.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ MADE_THERE = {
 }
 COPIED_THERE = {torch.tensor, torch.as_tensor}
 PLACE = (str, torch.device)
-STAGED = 2**16  # bytes that the driver copies without waiting, wherever they lie
+STAGED = 2**16  # bytes that the driver copies without waiting, pinned or not
 
 
 class Card(torch.Tensor):
-    """A tensor on the card; its numbers are in `numbers`, a tensor on the CPU."""
+    """A tensor on the simulated GPU; its values are in `numbers`, a tensor on the CPU."""
 
     device = property(lambda self: CUDA)
     is_cuda = property(lambda self: True)
@@ -50,7 +50,7 @@ class Card(torch.Tensor):
         tensors = [each for each in tree_leaves((arguments, options)) if isinstance(each, torch.Tensor)]
         on_both_sides = any(not isinstance(each, Card) and each.dim() for each in tensors)
         waits = WAITING & set(operation.tags)
-        if operation in INDEXING:  # by a mask: how many there are has to be known; one number fills without
+        if operation in INDEXING:  # by a mask: waits for its count, unless one number is assigned
             by_mask = any(each is not None and each.dtype == torch.bool for each in arguments[1])
             waits = by_mask and not (len(arguments) > 2 and arguments[2].dim() == 0)
         if operation is torch.ops.aten.copy_.default:
@@ -71,27 +71,27 @@ class Card(torch.Tensor):
         return f"Card({self.numbers})"
 
     def __reduce_ex__(self, protocol):
-        raise TypeError("a tensor on cuda is handed to another process")
+        raise TypeError("a tensor on cuda is passed to another process")
 
 
 class Cards(TorchFunctionMode):
-    """Makes a `Card` of what is made on cuda or moved there, and an ordinary tensor of what is moved back."""
+    """Returns a `Card` for what is created on or moved to cuda, an ordinary tensor for what is moved back."""
 
     def __init__(self):
         super().__init__()
         self.waits, self.uploads, self.peak_resets = [], 0, 0
 
     def peak_reset(self, device):
-        """Count a reset of the largest memory seen."""
+        """Count a reset of the peak memory."""
         self.peak_resets += 1
 
     def copied(self, from_card, to_card, blocking):
-        """Count a copy between the sides."""
+        """Count a copy between the devices."""
         self.uploads += to_card and not from_card
         if from_card and not to_card:
             self.waits.append("a copy to the CPU")
         elif to_card and not from_card and blocking:
-            self.waits.append("a copy to the card that is not non_blocking")
+            self.waits.append("a copy to the GPU that is not non_blocking")
 
     def __torch_function__(self, function, types, arguments=(), options=None):
         options = dict(options or {})
@@ -152,8 +152,8 @@ def _forget():
 
 
 @contextlib.contextmanager
-def made_of_the_cpu():
-    """For the block, this machine has a card; gives its `Cards`, which count `waits` and `uploads`."""
+def simulated_gpu():
+    """Simulate a GPU within the block; yields its `Cards`, which count `waits` and `uploads`."""
     load, save, generator, future = torch.load, torch.save, torch.Generator, torch.__future__
     overwrite = future.get_overwrite_module_params_on_conversion()
 
@@ -183,7 +183,7 @@ def made_of_the_cpu():
         with torch.no_grad():
             save(_to_cpu(state), *arguments)
 
-    # seen by the scripts alone: torch itself would look for a driver
+    # patched only in `cardiac.run`: torch itself would look for a driver
     seen = mock.Mock(wraps=torch, device=torch.device)
     seen.cuda = mock.Mock(wraps=torch.cuda, OutOfMemoryError=torch.cuda.OutOfMemoryError)
     seen.cuda.is_available = mock.Mock(return_value=True)

@@ -1,5 +1,5 @@
-"""One thread a process and no card but for `pytest -m cuda`, so that runs repeat bit for bit, and one tiny
-run that tests share (to read, not to change).
+"""One thread per process and no GPU except for `pytest -m cuda`, so that runs repeat bit for bit; and one
+tiny run that tests share (to read, not to change).
 """
 
 import os
@@ -15,12 +15,12 @@ from cardiac import report
 
 TINY = "--size 32 --spacing 2 --workers 1 --device cpu"
 SHORT = "--steps-per-epoch 2 --max-steps 4 --batch-size 4"
-NO_CARD = pytest.mark.skipif("not torch.cuda.is_available()", reason="needs a CUDA device: pytest -m cuda")
-NEEDS_CARD = (pytest.mark.cuda, NO_CARD)
+NO_GPU = pytest.mark.skipif("not torch.cuda.is_available()", reason="needs a CUDA device: pytest -m cuda")
+NEEDS_GPU = (pytest.mark.cuda, NO_GPU)
 
 
 def pytest_configure(config):
-    # most tests compare runs bit by bit, which a card does not promise
+    # most tests compare runs bit for bit, which a GPU does not guarantee
     if config.option.markexpr.strip() != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -32,7 +32,7 @@ def one_thread():
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """For tests of numbers: figures are made but not drawn, which takes a quarter of a tiny run."""
+    """For tests of numbers: figures are not rendered, which would take a quarter of a tiny run."""
     monkeypatch.setattr(report, "save_figure", lambda figure, path: path.write_bytes(b"not drawn"))
 
 

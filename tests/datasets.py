@@ -28,7 +28,7 @@ class Tiny:
 
 MMS_CASES = (
     Tiny("A0A0A0", vendor="A"),
-    Tiny("B0B0B0", vendor="B", ed=4, es=1),  # ED is the last frame: time wraps round
+    Tiny("B0B0B0", vendor="B", ed=4, es=1),  # ED is the last frame: time wraps around
     Tiny("C0C0C0", "Training/Unlabeled", "C"),
     Tiny("D1A1A1", "Validation", "A"),
     Tiny("D2C2C2", "Validation", "C"),
@@ -44,7 +44,7 @@ def heart(shape, ed, es, seed=0):
     grid_x, grid_y = np.meshgrid(np.arange(x), np.arange(y), indexing="ij")
     labels = np.zeros(shape, np.uint8)
     shift = rng.uniform(-1.5, 1.5, 2)
-    systole = (es - ed) % frames  # frames from ED to ES, going forward round the circle
+    systole = (es - ed) % frames  # frames from ED to ES, going forward in time
     for t in range(frames):
         phase = (t - ed) % frames
         contraction = min(phase / systole, (frames - phase) / (frames - systole))

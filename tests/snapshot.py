@@ -1,4 +1,4 @@
-"""What an OUT folder holds, in a form in which an interrupted and an uninterrupted run are equal."""
+"""The contents of an OUT folder, in a form that is the same whether or not the run was interrupted."""
 
 import csv
 import hashlib
@@ -22,16 +22,16 @@ def snapshot(out):
 
 
 def differences(one, other):
-    """Lines that tell two snapshots apart; empty where they are equal."""
+    """The differences of two snapshots, as lines; empty if they are equal."""
     lines = [f"only in the first: {name}" for name in sorted(one.keys() - other.keys())]
     lines += [f"only in the second: {name}" for name in sorted(other.keys() - one.keys())]
     return lines + [f"different: {name}" for name in sorted(one) if one[name] != other.get(name, one[name])]
 
 
 def content(path):
-    """What a file says: h5, NIfTI and pt as arrays and values, log.csv without clocks, others byte by byte.
+    """A file's content: h5, NIfTI and pt as arrays and values, log.csv without times, others byte by byte.
 
-    config.json without the folders of the run, which are not the same. Raises where the file is not whole.
+    config.json without the folders of the run, which differ. Raises if the file is incomplete.
     """
     if path.name == "log.csv":
         rows = csv.DictReader(io.StringIO(path.read_text()))
@@ -53,7 +53,7 @@ def content(path):
 
 
 def _plain(value):
-    """Arrays as digests of their bytes, clocks left out."""
+    """Arrays as digests of their bytes, times left out."""
     if isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items() if key not in TIMING}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The random transforms: labels stay labels, move with the image, and depend on (seed, step) alone."""
+"""The random transforms: labels stay labels, move with the image, and depend only on (seed, step)."""
 
 import pytest
 import torch
@@ -106,7 +106,7 @@ OFF = {"gamma": 0, "contrast": 0, "bias": 0, "blur": 0, "noise": 0}
 
 
 def vary(images, **limits):
-    """Images varied in one way alone."""
+    """Images varied in only one way."""
     return augment.vary_intensity(step_generator(0, 0), images, **{**OFF, **limits})
 
 
@@ -140,7 +140,7 @@ def test_contrast_is_one_gain_and_one_offset_a_sample():
     offset = low - 0.4 * gain
     assert 0.27 < (gain - 1).abs().max() <= 0.3001
     assert 0.08 < offset.abs().max() <= 0.0901
-    assert torch.corrcoef(torch.stack([gain, offset]))[0, 1].abs() < 0.4, "drawn apart"
+    assert torch.corrcoef(torch.stack([gain, offset]))[0, 1].abs() < 0.4, "drawn independently"
 
 
 def test_shading_is_smooth_and_of_one_strength_a_sample():
@@ -160,7 +160,7 @@ def test_blur_spreads_a_point_alike_to_all_sides_and_loses_nothing():
     for same in (spread.flip(1), spread.flip(2), spread.mT):
         assert torch.allclose(spread, same, atol=1e-6)
     axis = torch.arange(-4.0, 5)
-    deviation = (spread.sum(1) * axis**2).sum(1).sqrt()  # of three taps .74 at most, for 1
+    deviation = (spread.sum(1) * axis**2).sum(1).sqrt()  # with three taps at most .74, for sigma 1
     assert deviation.min() < 0.05
     assert 0.7 < deviation.max() < 0.75
     assert torch.equal(spread[:, 4, 4], spread.amax((1, 2)))
@@ -178,7 +178,7 @@ def test_noise_is_that_of_a_magnitude():
 
 
 def test_what_is_dark_stays_dark():
-    """A lower offset does not fold the darkest tissue up: a magnitude is not negative."""
+    """A negative offset is cut at 0: its magnitude would make the darkest tissue brighter."""
     ramp = torch.linspace(0, 1, SIZE).expand(32, 1, SIZE, SIZE).contiguous()
     varied = vary(ramp, contrast=0.3)
     assert (varied.diff(dim=-1) >= -1e-6).all()

@@ -1,7 +1,7 @@
-"""Whatever is wrong with what a user gives: one line that names it, exit code 2, nothing half-written.
+"""Bad input to the four scripts: one line that names the fault, exit code 2, nothing half-written.
 
-Through the four scripts. tests/test_cases.py has every fault of a dataset at the readers, test_training.py
-every hostile checkpoint at the loop, test_settings.py the single words.
+tests/test_cases.py has every fault of a dataset at the readers, test_training.py every hostile checkpoint at
+the training loop, test_settings.py the single options.
 """
 
 import csv
@@ -36,7 +36,7 @@ from cardiac.run import script
 from cardiac.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
-SCRIPTS = {  # what each of them writes, its further words
+SCRIPTS = {  # the folder that each writes, its further options
     train_registration: ("registration", [*SHORT.split(), "--size", "32", "--spacing", "2"]),
     propagate_labels: ("propagation", []),
     train_segmentation: ("segmentation", [*SHORT.split(), "--channels", "2"]),
@@ -48,7 +48,7 @@ FOLDER = f"Training/Labeled/{CODE}/{CODE}"
 
 
 class Run:
-    """A copy of the shared run and of its data, to be spoiled."""
+    """A copy of the shared run and of its data, to be damaged."""
 
     def __init__(self, trained_run, folder, module=None):
         data, out = trained_run
@@ -75,7 +75,7 @@ def run(trained_run, tmp_path):
 
 @pytest.fixture
 def refused(capsys):
-    """`refused(code, *parts)`: it ended with 2 and one line on stderr that has all the parts in it."""
+    """`refused(code, *parts)`: checks for exit code 2 and one line on stderr that contains all parts."""
 
     def check(code, *parts):
         found = capsys.readouterr().err.replace("\r", "\n").splitlines()
@@ -119,7 +119,7 @@ def test_the_same_dataset_without_the_fault_is_accepted(trained_run, tmp_path, m
 
 
 def test_skip_bad_goes_on_and_the_report_lists_the_case(trained_run, tmp_path, capsys, refused):
-    """Testing may be bad in what was unpacked after training: then --skip-bad is first typed here."""
+    """Testing may be unpacked after training and be bad: then --skip-bad is first given to evaluate.py."""
     run = Run(trained_run, tmp_path)
     (run.data / "Testing/E1A1A1/E1A1A1_sa_gt.nii.gz").unlink()
     put(run.data / "Validation/D2C2C2/D2C2C2_sa.nii.gz", ..., 7)
@@ -134,7 +134,7 @@ def test_skip_bad_goes_on_and_the_report_lists_the_case(trained_run, tmp_path, c
     assert capsys.readouterr().out.count("skipped: ") == 2
 
 
-# -------------------------------------------------------------------------------------------------- bad words
+# ------------------------------------------------------------------------------------------------ bad options
 
 
 def below_a_file(tmp_path):
@@ -150,7 +150,7 @@ def no_room(tmp_path):
 @pytest.mark.parametrize("place", [below_a_file, no_room])
 def test_an_out_or_cache_that_cannot_be_written(run, tmp_path, refused, module, place):
     where, says = place(tmp_path)
-    if place is below_a_file or module is train_registration:  # others miss the runs of before there
+    if place is below_a_file or module is train_registration:  # the others would miss earlier runs there
         refused(run(module, "--out", where), says)
     refused(run(module, "--cache", where), says)
 
@@ -188,7 +188,7 @@ def test_fewer_steps_than_there_were_change_nothing(run, module, capsys):
     assert run(module, "--max-steps", "4") == 0
     before = snapshot(run.out)
     assert run(module, "--max-steps", "3") == 0
-    assert snapshot(run.out) == before, "config.json tells what the run was trained with"
+    assert snapshot(run.out) == before, "config.json still has what the run was trained with"
     said = capsys.readouterr().out
     assert "finished at step 4" in said
     assert "resuming" not in said
@@ -211,12 +211,12 @@ def test_the_output_of_another_dataset_is_not_gone_on_with(run, tmp_path, refuse
     assert differences(before, snapshot(run.out)) in ([], ["only in the second: .evaluation.lock"])
 
 
-@pytest.mark.parametrize("change", ["another dataset", "a mended label"])
+@pytest.mark.parametrize("change", ["another dataset", "a corrected label"])
 def test_propagated_labels_of_other_cases_are_not_trained_on(run, refused, tmp_path, change):
     shutil.rmtree(run.out / "segmentation")
-    if change == "a mended label":
+    if change == "a corrected label":
         put(run.image("sa_gt"), (slice(4), slice(4), 1, 0), 2)
-    else:  # by the registration of this one
+    else:  # propagated by this run's registration
         mine, run.data = run.data, write_mms(tmp_path / "other", [Tiny("X0"), Tiny("X1", "Testing")])
         assert run(propagate_labels, "--overwrite") == 0
         run.data = mine
@@ -229,7 +229,7 @@ def test_propagated_labels_of_other_cases_are_not_trained_on(run, refused, tmp_p
 
 def test_a_run_on_labels_that_were_mended_since_is_not_gone_on_with(run, refused, capsys):
     put(run.image("sa_gt"), (slice(4), slice(4), 1, 0), 2)
-    assert run(propagate_labels) == 0, "made anew"
+    assert run(propagate_labels) == 0, "redone"
     before = snapshot(run.out)
     for module in (train_registration, train_segmentation):
         refused(run(module, "--max-steps", 9), "changed or been added; use --overwrite or choose")
@@ -254,7 +254,7 @@ def test_a_second_model_of_another_dataset_goes_where_both_are_made_anew(run, tm
         assert run(module, "--overwrite") == 0
     capsys.readouterr()
     refused(run(train_segmentation, "--labels", "original", "--overwrite"), "use --labels both --overwrite")
-    assert run(train_segmentation, "--overwrite") == 0, "nothing lies between two frames: original alone"
+    assert run(train_segmentation, "--overwrite") == 0, "nothing lies between two frames: only original"
     assert not (run.out / "segmentation" / "propagated" / "best.pt").exists()
     assert run(evaluate) == 0
 
@@ -268,7 +268,7 @@ def test_what_overwrite_was_to_train_anew_is_not_found_finished_later(run, monke
         patch.setattr(train_segmentation, "fit", interrupted)
         assert run(train_segmentation, "--overwrite", "--lr", 0.01) == 130
     assert "without --overwrite" in capsys.readouterr().err
-    assert run(train_segmentation) == 0, "with the --lr of before"
+    assert run(train_segmentation) == 0, "with the previous --lr"
     assert (run.out / "segmentation" / "propagated" / "last.pt").read_bytes() != old
 
 
@@ -287,8 +287,8 @@ def test_another_recipe_in_the_folder(run, refused, module):
     refused(run(module, "--recipe", "strong"), "--recipe strong contradicts --recipe paper", run.out)
 
 
-def wider(run):
-    """Weights of a segmentation with more channels under a config that tells fewer."""
+def wrong_weights(run):
+    """Put the registration's weights in the place of a segmentation's; returns the folder."""
     folder = run.out / "segmentation" / "original"
     state = torch.load(run.out / "registration" / "last.pt", weights_only=True)
     for name in ("last.pt", "best.pt"):
@@ -297,7 +297,7 @@ def wider(run):
 
 
 def test_a_checkpoint_of_another_architecture(run, refused):
-    folder = wider(run)
+    folder = wrong_weights(run)
     refused(run(train_segmentation, "--max-steps", 5), folder, "another architecture")
     refused(run(evaluate), folder, "another architecture")
     assert run(train_registration) == 0
@@ -338,7 +338,7 @@ def test_a_damaged_config_names_the_script_that_makes_its_run_anew(
 
 
 class Evil:
-    """Unpickled, it makes a folder."""
+    """Creates a folder when unpickled."""
 
     def __reduce__(self):
         return os.mkdir, (str(Path("executed").absolute()),)
@@ -383,7 +383,7 @@ def test_a_checkpoint_that_unpacks_to_more_than_it_is(trained_run, tmp_path):
 
 
 def external(path, name, secret):
-    """Put a link to a dataset of another file in the place of one."""
+    """Replace a dataset by a link to one in another file."""
     with h5py.File(secret, "w") as file:
         file["data"] = np.zeros((4, 32, 32), np.uint8)
     with h5py.File(path, "a") as file:
@@ -398,7 +398,7 @@ def soft(path, name, secret):
 
 
 def raw(path, name, secret):
-    """A dataset whose bytes lie in any other file."""
+    """A dataset whose bytes are in another file, of any kind."""
     secret.write_bytes(b"s" * 4096)
     with h5py.File(path, "a") as file:
         del file[name]
@@ -452,7 +452,7 @@ def test_a_hostile_cache_is_built_again(tiny_data, tmp_path, capsys, monkeypatch
     assert "cache: building" in capsys.readouterr().out
     assert snapshot(settings.cache) == before
     cache.open_cache(settings)
-    assert "cache: building" not in capsys.readouterr().out, "the good one is not"
+    assert "cache: building" not in capsys.readouterr().out, "the good one is not rebuilt"
 
 
 @HDF5

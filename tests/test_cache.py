@@ -45,11 +45,11 @@ def test_a_label_mended_in_a_file_of_the_same_size_is_another_case_and_a_copy_is
     folder = data / MMS_CASES[0].folder / "A0A0A0"
     packed, plain = (folder / f"A0A0A0_sa_gt.nii{suffix}" for suffix in (".gz", ""))
     labels, header = np.asarray(nib.load(packed).dataobj), nib.load(packed).header
-    mended = labels.copy()
-    mended[18:22, 18, 1, 0] = 3
+    corrected = labels.copy()
+    corrected[18:22, 18, 1, 0] = 3
     packed.unlink()
     found = []
-    for written in (labels, labels, mended):
+    for written in (labels, labels, corrected):
         nib.save(nib.Nifti1Image(written, None, header), plain)
         cases = open_cache(asked(data, tmp_path)).cases
         found.append((plain.stat().st_size, training_digest(cases)))
@@ -70,7 +70,7 @@ def test_every_frame_is_cached_and_labels_of_ed_and_es_alone(data, tmp_path):
             if not tiny.labelled:
                 continue
             experts = np.asarray(nib.load(case.labels[0]).dataobj)
-            for frame in (case.ed, case.es):  # ED first, also where it is the last frame of the cine
+            for frame in (case.ed, case.es):  # ED first, even if it is the last frame of the cine
                 expected = case.grid(cache).labels_to_slices(experts[..., frame].transpose(2, 0, 1))
                 np.testing.assert_array_equal(file["labels"][case.label_rows(frame)], expected)
                 assert set(np.unique(expected)) == {0, 1, 2, 3}
@@ -219,12 +219,12 @@ def test_a_bad_voxel_leaves_an_older_cache_as_it_was(data, tmp_path):
 
 def test_skip_bad_goes_on_without_the_case_and_says_so(data, tmp_path, capsys):
     spoil(data)
-    for _ in range(2):  # built, then found
+    for _ in range(2):  # built, then reused
         cache = open_cache(asked(data, tmp_path, skip_bad=True))
         assert [case.code for case in cache.cases] == ["A0A0A0", "C0C0C0"]
         assert any("skipped: B0B0B0" in line for line in capsys.readouterr().out.splitlines())
     images, last = np.zeros((15, 32, 32), np.float16), cache.cases[1]
-    cache.file.read("images", [(last.first, last.first + 15)], images)  # no hole where the other was
+    cache.file.read("images", [(last.first, last.first + 15)], images)  # no gap where the bad case was
     assert images.std() > 0.1
     with pytest.raises(InputError, match="B0B0B0"):
         open_cache(asked(data, tmp_path))
@@ -236,7 +236,7 @@ def test_what_is_said_of_skipped_cases_has_its_place_however_long_it_is(data, tm
     def refuse(case):
         if case.code == "A0A0A0":
             return load(case)
-        raise InputError("\N{ANATOMICAL HEART}" * 2000)  # twelve bytes each as JSON, the most there are
+        raise InputError("\N{ANATOMICAL HEART}" * 2000)  # twelve bytes each as JSON, the maximum
 
     monkeypatch.setattr(building, "load_case", refuse)
     cache = open_cache(asked(data, tmp_path, skip_bad=True))
@@ -287,7 +287,7 @@ def test_a_case_that_was_skipped_for_what_has_passed_is_no_longer(data, tmp_path
     monkeypatch.setattr(building, "load_case", fail)
     assert len(open_cache(asked(data, tmp_path, skip_bad=True)).cases) == 2
     monkeypatch.setattr(building, "load_case", load)
-    assert len(open_cache(asked(data, tmp_path, skip_bad=True)).cases) == 2, "a run goes on with what it had"
+    assert len(open_cache(asked(data, tmp_path, skip_bad=True)).cases) == 2, "a run keeps the cases it had"
     assert len(open_cache(asked(data, tmp_path)).cases) == 3
     assert "B0B0B0 can be read again" in capsys.readouterr().out
 
@@ -395,7 +395,7 @@ def test_without_validation_a_fifth_of_the_labelled_patients_is_held_out(patient
 
 @pytest.mark.parametrize("seed", range(8))
 def test_no_vendors_last_patient_is_held_out(seed):
-    """Else the checkpoint would be chosen by a vendor that training has no label of."""
+    """Otherwise the checkpoint would be chosen by a vendor without training labels."""
     cases = [cached(f"A{k}", "Training") for k in range(8)] + [cached("B", "Training", "B")]
     cases += [cached(f"C{k}", "Training", "C") for k in range(2)]
     training, validation, _ = split(*cases, seed=seed)
@@ -414,7 +414,7 @@ def test_who_was_held_out_stays_held_out_when_a_validation_comes(capsys):
     came = [cached("VA", "Validation"), cached("VC", "Validation", "C")]
     before = split(*patients)
     assert split(*patients, *came, held_out=before[1]) == [*before[:2], ["VC"]]
-    assert split(*patients, *came, held_out=[]) == split(*patients, *came), "none were"
+    assert split(*patients, *came, held_out=[]) == split(*patients, *came), "none were held out"
     with pytest.raises(InputError, match="validated on cases of Validation, which are now missing"):
         split(*patients, held_out=[])
     with pytest.raises(InputError, match="--held-out VA: not a labelled case of Training"):
@@ -435,7 +435,7 @@ def test_validation_of_unseen_vendors_alone_decides_nothing():
 def test_one_patient_is_trained_and_validated_on_with_a_warning(capsys):
     assert split(cached("T1", "Training"), cached("U", "Training", "C", False)) == [["T1", "U"], ["T1"], []]
     assert "warning" in capsys.readouterr().out
-    assert split(cached("T1", "Training"), held_out=["T1"]) == [["T1"], ["T1"], []], "and again"
+    assert split(cached("T1", "Training"), held_out=["T1"]) == [["T1"], ["T1"], []], "also if resumed"
 
 
 def test_without_training_labels_there_is_nothing_to_learn():

@@ -1,5 +1,5 @@
-"""The CUDA path where there is no card, on one made of the CPU (`card.py`): whatever the scripts do on a card
-lies on the right side, and no step of training waits for it.
+"""The CUDA path without a GPU, on one simulated on the CPU (`card.py`): whatever the scripts do on a GPU is
+on the right device, and no training step waits for it.
 """
 
 import contextlib
@@ -7,8 +7,8 @@ import pickle
 
 import pytest
 import torch
-from card import STAGED, Card, made_of_the_cpu
-from conftest import NEEDS_CARD, NO_CARD, SHORT
+from card import STAGED, Card, simulated_gpu
+from conftest import NEEDS_GPU, NO_GPU, SHORT
 
 import evaluate
 import propagate_labels
@@ -25,9 +25,9 @@ from cardiac.slices import LabelledSlices, Pairs, SliceStore
 
 CUDA = torch.device("cuda")
 pytestmark = pytest.mark.usefixtures("no_pictures")
-CARDS = [  # a context manager, which gives the `Cards`, or None where the card is real
-    pytest.param(made_of_the_cpu, id="made"),
-    pytest.param(contextlib.nullcontext, id="real", marks=NEEDS_CARD),
+CARDS = [  # a context manager, which yields the `Cards`, or None if the GPU is real
+    pytest.param(simulated_gpu, id="made"),
+    pytest.param(contextlib.nullcontext, id="real", marks=NEEDS_GPU),
 ]
 
 
@@ -52,7 +52,7 @@ WAITS = {
 
 
 def test_the_card_behaves_as_a_card():
-    with made_of_the_cpu() as card:
+    with simulated_gpu() as card:
         there, here = torch.ones(3, device="cuda"), torch.ones(3)
         assert there.device.type == "cuda"
         assert (there * 2).is_cuda
@@ -91,13 +91,13 @@ def test_the_scripts_run_on_it(recipe, card, tiny_data, tmp_path, capsys):
     scan = str(next(tiny_data.rglob("*_sa.nii.gz")))
     with card() as made:
         assert train_registration.main([*words, *first]) == 0
-        assert train_registration.main([*words, "--max-steps", "5"]) == 0  # goes on from last.pt
+        assert train_registration.main([*words, "--max-steps", "5"]) == 0  # resumes from last.pt
         assert propagate_labels.main([*words, "--frames", "all", "--nifti"]) == 0
         assert train_segmentation.main([*words, *SHORT.split(), "--channels", "2"]) == 0
         assert evaluate.main([*words, "--all-frames"]) == 0
         assert evaluate.main([*words[2:], "--predict", scan]) == 0
     if made:
-        assert made.peak_resets == 4, "each training tells its own peak"
+        assert made.peak_resets == 4, "each training reports its own peak"
     assert capsys.readouterr().out.count("on cuda (made of the CPU)" if made else "on cuda (") == 8
     for log in (tmp_path / "run").rglob("log.csv"):
         assert all(0 < float(row["waiting_percent"]) < 100 for row in read_csv(log)), log
@@ -110,8 +110,8 @@ def cache(tiny_data, tmp_path_factory):
 
 
 def task_of(kind, recipe, cache, place=None):
-    """A task of the training loop with the settings of a recipe, its data on the card."""
-    small = {"channels": 2} if kind is SegmentationSettings else {}  # bfloat16 is slow on most processors
+    """A task of the training loop with the settings of a recipe, its data on the GPU."""
+    small = {"channels": 2} if kind is SegmentationSettings else {}  # bfloat16 is slow on most CPUs
     settings = kind(recipe=recipe, batch_size=4, steps_per_epoch=1000, **small)
     for name, value in kind.STRONG.items() if recipe == "strong" else ():
         setattr(settings, name, value)
@@ -123,7 +123,7 @@ def task_of(kind, recipe, cache, place=None):
 
 
 def begun(task, folder):
-    """The run of a task on the card, after two steps: what the first ones make and keep is there."""
+    """The run of a task on the GPU, after two steps: what the first ones make and keep exists."""
     run = training.Run(task, task.settings, folder, CUDA)
     run.begin()
     for _ in range(2):
@@ -143,7 +143,7 @@ UPLOADS = {
 @pytest.mark.parametrize("kind", [RegistrationSettings, SegmentationSettings])
 @pytest.mark.parametrize("place", ["device", "host", "file"])
 @pytest.mark.cuda
-@NO_CARD
+@NO_GPU
 def test_no_step_synchronises_with_a_real_card(kind, recipe, place, cache, tmp_path):
     run = begun(task_of(kind, recipe, cache, place), tmp_path)
     torch.cuda.set_sync_debug_mode("error")
@@ -157,7 +157,7 @@ def test_no_step_synchronises_with_a_real_card(kind, recipe, place, cache, tmp_p
 @pytest.mark.parametrize("recipe", ["paper", "strong"])
 @pytest.mark.parametrize("kind", [RegistrationSettings, SegmentationSettings])
 def test_a_step_does_not_wait_for_the_card(kind, recipe, cache, tmp_path):
-    with made_of_the_cpu() as card:
+    with simulated_gpu() as card:
         task = task_of(kind, recipe, cache)
         run = begun(task, tmp_path)
         found = []
@@ -169,14 +169,14 @@ def test_a_step_does_not_wait_for_the_card(kind, recipe, cache, tmp_path):
         for _ in range(5):
             run.step()
         assert card.waits == []
-        assert card.uploads == 5 * UPLOADS[kind, recipe], "the numbers that a step draws, and no pictures"
+        assert card.uploads == 5 * UPLOADS[kind, recipe], "only the random numbers of a step, no images"
         ends = torch.float32 if kind is RegistrationSettings else torch.bfloat16  # velocity, logits
         assert found == 5 * [torch.bfloat16, ends]
 
 
 @pytest.mark.parametrize("place", ["device", "host", "file"])
 def test_drawing_does_not_wait_for_the_card(place, cache):
-    with made_of_the_cpu() as card:
+    with simulated_gpu() as card:
         store = SliceStore(cache, cache.split("Training"), CUDA, place=place)
         pairs, slices = Pairs(store, 0.5), LabelledSlices(store)
         assert isinstance(slices.labels, Card) == (place == "device")
@@ -192,13 +192,13 @@ def test_drawing_does_not_wait_for_the_card(place, cache):
 def test_propagation_waits_no_longer_for_more_frames(cache, trained_run, steps):
     case = next(case for case in cache.split("Training") if len(case.expert) == 2)
     waits = []
-    with made_of_the_cpu() as card:
+    with simulated_gpu() as card:
         network = RegistrationNetwork()
         load_network(network, trained_run[1] / "registration" / "best.pt", CUDA)
         store = SliceStore(cache, [case], CUDA)
         frames = [frame for frame in range(case.frames) if frame not in case.expert]
         assert len(frames) >= 3
-        for count in (1, 1, 3):  # the first fills what is kept
+        for count in (1, 1, 3):  # the first fills the caches
             card.waits.clear()
             propagate_interval(network, store, "ED", "ES", frames[:count], True, steps)
             waits.append(len(card.waits))

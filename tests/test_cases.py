@@ -1,4 +1,4 @@
-"""The readers: valid datasets are read right, and every fault is one line that names its place."""
+"""The readers: valid datasets are read correctly, and every fault is one line that names its place."""
 
 import gzip
 import shutil
@@ -43,7 +43,7 @@ def edit_table(root, old, new):
 
 
 def edit_header(path, offset, code, *values):
-    """Write values of this struct code at a byte of the header."""
+    """Write values of this struct code at a byte offset of the header."""
     data = bytearray(gzip.decompress(path.read_bytes()))
     struct.pack_into(f"<{len(values)}{code}", data, offset, *values)
     path.write_bytes(gzip.compress(bytes(data)))
@@ -80,7 +80,7 @@ def move_labels(root):
     edit_voxels(files(root)[1], lambda v: np.roll(v, 1, axis=3))
 
 
-# (name, what to do to the dataset, what the message has to say beside the case's code)
+# (name, what to do to the dataset, what the message must contain besides the case's code)
 HEADER_FAULTS = [
     ("no image", lambda r: files(r)[0].unlink(), f"{CODE}_sa.nii.gz: no such file"),
     ("no label", lambda r: files(r)[1].unlink(), f"{CODE}_sa_gt.nii.gz: no such file"),
@@ -162,7 +162,7 @@ def one_line(error):
 
 @pytest.mark.parametrize(("name", "spoil", "says"), HEADER_FAULTS, ids=ids(HEADER_FAULTS))
 def test_header_fault(mms, name, spoil, says):
-    assert len(read_cases(mms).good()) == 5  # the neighbouring good input
+    assert len(read_cases(mms).good()) == 5  # the same dataset without the fault
     spoil(mms)
     dataset = read_cases(mms)
     assert len(dataset.problems) == 1
@@ -300,7 +300,7 @@ def test_swapped_labels_are_a_warning(mms):
 def test_labels_that_lie_otherwise_than_their_image_are_a_warning(mms, factors):
     image, labels, *_ = files(mms)
     affine = nib.load(image).affine
-    affine[:3, 3] += 5  # another origin alone is none
+    affine[:3, 3] += 5  # another origin by itself gives no warning
     edit_header(labels, 252, "h", 0, 1)  # codes of qform and sform
     edit_header(labels, 280, "f", *(affine * [*factors, 1])[:3].ravel())
     warnings = load_case(read_cases(mms).good()[0])[2]
@@ -405,7 +405,7 @@ def test_a_refusal_names_the_first_problem_and_counts_the_others(tmp_path):
 
 
 def spacing_read(path, zooms, unit="mm"):
-    """What is read of an image of 40 x 30 pixels, one slice and one frame, with these zooms in its header."""
+    """The spacing read from an image of 40 x 30 pixels, one slice and one frame, with these zooms."""
     image = nib.Nifti1Image(np.zeros((40, 30, 1, 1), np.int16), np.eye(4))
     image.header.set_zooms((*zooms, 1))
     image.header.set_xyzt_units(unit, "sec")

@@ -17,7 +17,7 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """The folder and what was printed of a demo with tiny settings."""
+    """The folder of a demo with tiny settings."""
     out = tmp_path_factory.mktemp("demo")
     write_phantom(
         out / "phantom", training=2, validation=1, testing=4, unlabelled=1, frames=6, slices=2, size=48
@@ -43,7 +43,7 @@ def test_truth_is_scored_at_every_frame_between(ran):
     settings = parse(PropagationSettings, words, None, earlier=("registration",))
     rows = demo.score_against_truth(settings)
     assert len({row["case"] for row in rows}) == 2
-    # two small steps of training are next to the identity: both errors agree, and the labels overlap in part
+    # after two small training steps, almost the identity: both errors agree, and the labels overlap in part
     assert all(abs(row["error_mm"] - row["identity_mm"]) < 0.5 for row in rows)
     assert 0.3 < np.mean([row["LV"] for row in rows]) < 1
     assert max(row["identity_mm"] for row in rows) > 1

@@ -38,7 +38,7 @@ def row(
 
 
 def results(dice, models=evaluation.MODELS, unlabelled=""):
-    """`Results` of cases {code: Dice}, alike for all models; trained on vendor A, others without labels."""
+    """`Results` of cases {code: Dice}, the same for all models; of training vendors only A has labels."""
     vendors = "A" + unlabelled
     training = [SimpleNamespace(code=f"T{each}", vendor=each, labelled=each == "A") for each in vendors]
     cache = SimpleNamespace(name="DATA", skipped=(), split=lambda name: training)
@@ -188,7 +188,7 @@ def evaluated(trained_run, tmp_path_factory):
     data, trained = trained_run
     run = Run(data, tmp_path_factory.mktemp("evaluated") / "run")
     shutil.copytree(trained, run.out)
-    for path in run.out.glob("segmentation/*/best.pt"):  # after four steps it would see background alone
+    for path in run.out.glob("segmentation/*/best.pt"):  # after four steps it would predict only background
         state = torch.load(path, weights_only=True)
         state["network"]["classify.bias"].zero_()
         torch.save(state, path)
@@ -205,7 +205,7 @@ def run(evaluated, tmp_path):
 
 
 def outcome(folder):
-    """Bytes of what an evaluation wrote, but the settings (which tell the workers)."""
+    """Bytes of what an evaluation wrote, without config.json (which has the number of workers)."""
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name != "config.json"}
 
@@ -270,7 +270,7 @@ def test_finished_work_is_not_done_twice(evaluated, run, capsys):
 
 @pytest.mark.parametrize("change", ["report", "labels", "training", "vendor"])
 def test_what_is_shown_is_of_today(evaluated, run, change):
-    """Scores are those there are, but the page tells of the training cases and their labels, too."""
+    """The scores are kept, but the report also shows the training cases and their labels."""
     scores, page = (run.folder / name for name in ("cases.csv", "report.html"))
     stamp, before = scores.stat().st_mtime_ns, page.read_text()
     if change == "report":
@@ -289,7 +289,7 @@ def test_what_is_shown_is_of_today(evaluated, run, change):
 
 
 def test_the_report_shows_the_labels_that_were_trained_on_alone(run, tmp_path):
-    """Propagated anew since, of other patients or otherwise, they are not what the scores are about."""
+    """Labels propagated since, for other patients or differently, do not belong to the scores."""
     report, path = run.folder / "report.html", run.out / "propagation" / "labels.h5"
     assert 'id="propagation-data"' in report.read_text()
     propagated = Propagated.read(path)
@@ -337,7 +337,7 @@ def test_a_model_that_is_missing_is_a_missing_row(run, capsys):
     assert [line["model"] for line in read_csv(run.folder / "table.csv")] == ["original"]
     assert read_csv(run.folder / "comparison.csv") == []
     gone = ("overlays_propagated.png", "predictions/propagated", "cases_largest.csv", "table_largest.csv")
-    assert not any((run.folder / name).exists() for name in gone), "of an evaluation before"
+    assert not any((run.folder / name).exists() for name in gone), "of the previous evaluation"
     assert "Gain of the propagated" not in (run.folder / "report.html").read_text()
     assert "original  " in printed
     assert "total  steps" in printed
@@ -424,7 +424,7 @@ def test_predict_is_the_evaluation_without_labels(run):
 
 
 class Bands(torch.nn.Module):
-    """Labels a pixel by its intensity: of other slices it makes other labels."""
+    """Labels pixels by their intensity, so that different slices get different labels."""
 
     def forward(self, x):
         return -40 * (x - torch.tensor([0.1, 0.35, 0.6, 0.85]).view(1, 4, 1, 1)).abs()
@@ -487,7 +487,7 @@ def test_ed_and_es_are_the_largest_and_the_smallest_lv(evaluated, tmp_path, monk
     again = predict.predict_scan(
         tmp_path / "out", tmp_path / "scan.nii.gz", None, settings, torch.device("cpu")
     )
-    assert again["ES"] is again["LV_EF_percent"] is None, "LV in one frame alone tells nothing of ES"
+    assert again["ES"] is again["LV_EF_percent"] is None, "LV in only one frame says nothing about ES"
 
     regions = [one_hot(labels[..., t] * (labels[..., t] != (3 if t == 1 else 0))) for t in range(6)]
     monkeypatch.setattr(predict, "regions_on_own_grid", lambda *_: iter(regions))
@@ -499,7 +499,7 @@ def test_ed_and_es_are_the_largest_and_the_smallest_lv(evaluated, tmp_path, monk
 
 
 def stopped_at_the_second_scan(monkeypatch, error):
-    """Lets the second scan that is begun raise `error`; the list of those that are."""
+    """Let the second scan that is begun raise `error`; returns the list of those begun."""
     begun, predict_scan = [], predict.predict_scan
 
     def stopped(folder, *arguments):
@@ -534,7 +534,7 @@ def test_predict_anew_goes_on_without_overwrite(run, monkeypatch, capsys):
     left = json.loads(summary.read_text())
     assert left["made_from"].pop("modified") is None
     before["made_from"].pop("modified")
-    assert left == before, "what there was stays until it is replaced"
+    assert left == before, "old results are kept until they are replaced"
     assert run(*words, data=None) == 0
     assert begun == ["E1A1A1_sa", "E2D2D2_sa", "E2D2D2_sa"]
     summary.write_text("{")
@@ -559,7 +559,7 @@ def test_predict_three_dimensions_and_twice(run, tmp_path, capsys):
     capsys.readouterr()
     assert run(*words, data=None) == 0
     assert "finished" in capsys.readouterr().out
-    assert run(*words, "--largest-component", data=None) == 0  # other words: done anew
+    assert run(*words, "--largest-component", data=None) == 0  # other options: redone
     labels = np.asarray(nib.load(folder / "still_pred.nii.gz").dataobj)
     np.testing.assert_array_equal(labels, largest_component(labels))
     assert run(*words, data=None) == 0
@@ -586,7 +586,7 @@ def test_scans_go_by_the_names_that_they_are_given(tmp_path):
     (tmp_path / "in" / "p7.nii").symlink_to(blob)
     (tmp_path / "in" / "z8.nii").symlink_to(inside)
     (tmp_path / "in" / "p9.nii").symlink_to(tmp_path / "gone.nii")
-    assert list(find_scans([tmp_path / "in"])) == ["p7", "p8", "p9"], "each once, and what is missing"
+    assert list(find_scans([tmp_path / "in"])) == ["p7", "p8", "p9"], "each once, also the missing one"
     assert find_scans([tmp_path / "in"])["p7"] == tmp_path / "in" / "p7.nii"
     (tmp_path / "link").symlink_to(tmp_path / "in" / "p8.nii")
     assert find_scans([tmp_path / "link" / ".." / "p7.nii"])["p7"] == tmp_path / "in" / "p7.nii"

@@ -1,4 +1,4 @@
-"""What the experiments share: jobs that are not done twice, intervals."""
+"""The experiments: jobs that are not repeated, intervals, and the datasets and labels that they make."""
 
 import sys
 from argparse import Namespace
@@ -34,7 +34,7 @@ def test_a_job_that_has_rows_is_not_done_again_and_one_that_failed_is(tmp_path):
     assert [row["seed"] for row in rows] == ["0", "0", "1", "1"]
     assert [float(row["dice"]) for row in rows] == [0.5, 0.25, 1.5, 0.25]
     few = results(path, columns, jobs[:1], run, Namespace(seeds=1, steps=500))
-    assert len(few) == 2, "rows of other jobs stay in the file alone"
+    assert len(few) == 2, "rows of other jobs stay only in the file"
     assert results(path, columns, jobs, run, words) == rows
     assert results(path, columns, jobs, run, words, ["--device", "cpu", "--workers=2"]) == rows
     with pytest.raises(SystemExit, match="made with steps 500, not 1000"):
@@ -63,7 +63,7 @@ def test_patients_without_a_score_of_one_model_are_not_taken_for_others():
             for model, own in scores.items() for case, dice in own.items()]
     one, other = (by_seed(rows, lambda row, m=model: row["model"] == m) for model in ("one", "other"))
     np.testing.assert_array_equal(one, [[0.9, 0.6, np.nan, np.nan]])
-    assert interval(one - other, resamples=100) == (0, 0, 0), "B alone has both"
+    assert interval(one - other, resamples=100) == (0, 0, 0), "only B has both"
 
 
 def test_every_patient_is_tested_once_over_the_folds(tiny_data, tmp_path):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from card import made_of_the_cpu
+from card import simulated_gpu
 
 from cardiac import files, parallel
 from cardiac.files import (
@@ -123,7 +123,7 @@ with locked(sys.argv[1]):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds the lock, which is killed in the end."""
+    """Another process, which holds the lock and is killed after the test."""
     command = [sys.executable, "-c", HOLD, tmp_path / ".lock"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
@@ -356,7 +356,7 @@ def test_devices(monkeypatch):
     assert describe(torch.device("cpu")).startswith("cpu (")
     with pytest.raises(InputError, match="--device auto"):
         choose_device("cuda")
-    with made_of_the_cpu():
+    with simulated_gpu():
         assert choose_device("auto") == choose_device("cuda") == torch.device("cuda")
 
 

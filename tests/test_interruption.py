@@ -1,7 +1,7 @@
-"""Killed, out of disk or terminated at any file it writes, a script ends as if nothing had been.
+"""Killed, terminated or out of disk space at any file it writes, a script, rerun, ends as if undisturbed.
 
-Clocks are never waited for: faults come at the n-th file, real signals too. tests/faults has kills at random
-moments.
+Nothing depends on timing: faults, and real signals too, come at the n-th file. tests/faults has kills at
+random moments.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from cardiac.propagation import Propagated
 from cardiac.run import script
 from cardiac.settings import Settings
 
-SCRIPTS = {  # folder below OUT: the script that writes it, its words beside data, out, cache and workers
+SCRIPTS = {  # folder below OUT: the script that writes it, its options besides data, out, cache and workers
     "registration": (train_registration, [*TINY.split(), *SHORT.split()]),
     "propagation": (propagate_labels, ["--nifti"]),
     "segmentation": (train_segmentation, [*SHORT.split(), "--channels", "2"]),
@@ -62,7 +62,7 @@ def figures_are_quick():
 
 @pytest.fixture(scope="module")
 def whole(trained_run, tmp_path_factory):
-    """(data, out) of all four scripts that nothing disturbed: to read, not to change."""
+    """(data, out, cache) of an undisturbed run of all four scripts: read it, do not change it."""
     data, trained = trained_run
     out = tmp_path_factory.mktemp("whole") / "run"
     shutil.copytree(trained, out)
@@ -93,7 +93,7 @@ class Stage:
         return self.module.main(self.words)
 
     def check(self):
-        """Everything is as in the run that nothing disturbed, and nothing else is there."""
+        """Check that everything is as in the undisturbed run, and that nothing else is there."""
         assert differences(snapshot(self.whole / self.name), snapshot(self.folder)) == []
         assert not list(self.out.rglob(".tmp-*"))
 
@@ -107,13 +107,13 @@ def stage(request, whole, tmp_path):
 
 
 class Killed(BaseException):
-    """As if by SIGKILL: nothing is tidied up on the way out."""
+    """As if by SIGKILL: nothing is cleaned up on the way out."""
 
 
 class Disk:
     """The disk of the process under test: the `at`-th file fails, in its middle or just before its rename.
 
-    how: "full" (ENOSPC) or "killed". Every rename is checked to be of a file that is on the disk in whole.
+    how: "full" (ENOSPC) or "killed". At every rename, the file is checked to be completely on disk.
     """
 
     def __init__(self, patch, at=0, where="middle", how="full"):
@@ -142,7 +142,7 @@ class Disk:
         assert on_disk == (status.st_size, status.st_mtime_ns), f"{target} would be lost by a power cut"
         if self.in_place.exists() and self.in_place != source:
             status = self.in_place.stat()
-            assert self.synced[status.st_ino] == (status.st_size, status.st_mtime_ns), "not there yet"
+            assert self.synced[status.st_ino] == (status.st_size, status.st_mtime_ns), "not on disk yet"
         if self.count == self.at and self.where == "rename":
             self.fail()
         self.replace(source, target)
@@ -159,7 +159,7 @@ FAULTS = list(itertools.product(("middle", "rename"), ("full", "killed")))
 
 
 def test_a_fault_at_every_file_of_every_script(stage, capsys):
-    """The n-th attempt fails at its n-th file, until one gets through."""
+    """The n-th attempt fails at its n-th file, until one finishes."""
     for attempt in itertools.count(1):
         with pytest.MonkeyPatch.context() as patch:
             disk = Disk(patch, attempt, *FAULTS[attempt % len(FAULTS)])
@@ -179,14 +179,14 @@ def test_a_fault_at_every_file_of_every_script(stage, capsys):
         assert disk.how == "killed" or not [path for path in left if path.name.startswith(".tmp-")]
         for path in left:
             if not path.name.startswith(".tmp-"):
-                content(path)  # raises where it is not whole
+                content(path)  # raises if it is incomplete
     assert code == 0
     assert attempt > 5
     stage.check()
 
 
 def test_a_fault_at_every_write_of_the_cache(whole, tmp_path):
-    """Its own file is written in place: what a finished case stands for has to be on the disk before."""
+    """The cache file is written in place: a case's slices must be on disk before it counts as finished."""
     for attempt in itertools.count(1):
         folder = tmp_path / str(attempt)
         settings = Settings(data=whole[0], cache=folder, size=32, spacing=2.0, workers=1)
@@ -201,7 +201,7 @@ def test_a_fault_at_every_write_of_the_cache(whole, tmp_path):
         assert content(folder / "MnM.h5") == content(Path(whole[2]) / "MnM.h5")
         if not disk.failed:
             break
-    assert attempt > 2 * 7, "two a case"
+    assert attempt > 2 * 7, "two per case"
 
 
 def test_labels_depend_on_the_weights_and_not_on_the_clock_of_the_registration(whole, tmp_path):
@@ -230,7 +230,7 @@ def test_overwrite_killed_while_it_empties_the_folder_leaves_an_unfinished_run(w
         patch.setattr(Path, "unlink", unlink_some)
         with pytest.raises(Killed):
             stage.module.main([*stage.words, "--overwrite"])
-    assert stage() == 0, "goes on without --overwrite, as the message of an interrupted script says"
+    assert stage() == 0, "resumes without --overwrite, as the message of an interrupted script says"
     stage.check()
 
 
@@ -238,7 +238,7 @@ def test_overwrite_killed_while_it_empties_the_folder_leaves_an_unfinished_run(w
 
 
 def killed_at(patch, module, name, at, done):
-    """Let a function of a module note the code of each case it is called for, and die at its `at`-th call."""
+    """Let a module's function record the code of each case it gets, and be killed at its `at`-th call."""
     function = getattr(module, name)
 
     def counted(*arguments):
@@ -268,14 +268,14 @@ def test_the_cache_goes_on_with_the_case_at_which_it_was_killed(whole, tmp_path,
 
 
 def replace_all_but_h5(source, target, replace=os.replace):
-    """`os.replace`, killed where the cache gets its name."""
+    """`os.replace`, killed when the cache is to get its final name."""
     if Path(target).suffix == ".h5":
         raise Killed
     replace(source, target)
 
 
 def exchange(data, code, frames):
-    """Another file for a case, of so many frames."""
+    """Replace the files of a case by others with so many frames."""
     tiny = next(tiny for tiny in MMS_CASES if tiny.code == code)
     image, labels = heart((40, 36, 3, frames), tiny.ed, tiny.es, seed=9)
     experts = np.zeros_like(labels)
@@ -332,7 +332,7 @@ RUNS = {
 
 
 def unfinished(name, whole, tmp_path):
-    """A stage whose networks are trained and nothing scored."""
+    """A stage whose networks are trained but not scored."""
     stage = Stage(name, whole, tmp_path)
     if name == "registration":
         shutil.copytree(stage.whole / name, stage.folder)
@@ -352,7 +352,7 @@ def test_a_killed_run_goes_on_with_the_case_at_which_it_was_killed(whole, tmp_pa
             stage()
         assert len(list((stage.folder / PARTS).rglob("?*-*"))) == at - 1
         assert stage() == 0
-    assert len(done) == count + 1, "one case was done twice: the one that was not finished"
+    assert len(done) == count + 1, "only the unfinished case was done twice"
     stage.check()
     assert stage() == 0, "finished"
     stage.check()
@@ -366,7 +366,7 @@ def test_workers_do_not_matter_for_the_quality_of_the_registration(whole, tmp_pa
 
 
 def test_scores_of_other_weights_are_not_gone_on_with(whole, tmp_path):
-    """The same number of steps, the same best score; only the weights tell."""
+    """The same number of steps, the same best score; only the weights differ."""
     stage, done = unfinished("evaluation", whole, tmp_path), []
     with pytest.MonkeyPatch.context() as patch:
         killed_at(patch, evaluation, "_write_and_score", 4, done)
@@ -404,7 +404,7 @@ def test_overwrite_starts_anew(whole, tmp_path):
     assert len(done) == 4 + 4
 
 
-# --------------------------------------------------------------------- what the libraries do without room
+# --------------------------------------------------------------- what the libraries do without disk space
 
 
 def noise(*shape):
@@ -445,7 +445,7 @@ WRITERS = {
 @pytest.mark.parametrize("room", [0, 700, 4000])
 @pytest.mark.parametrize("name", WRITERS)
 def test_without_room_every_writer_names_its_file_and_leaves_the_old_one(whole, tmp_path, capsys, name, room):
-    """The limit of a file's size is a full disk that needs no disk: the same write calls fail."""
+    """A limit on the size of files stands for a full disk: the same write calls fail."""
     nib.save(nib.Nifti1Image(noise(20, 20, 20), np.eye(4)), tmp_path / "like.nii")
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -489,7 +489,7 @@ sys.exit({module}.main(sys.argv[3:]))
 
 
 def process(stage, number, at):
-    """The script as a process that sends itself a signal at its `at`-th rename; 0: waits there for us."""
+    """The script as a process that sends itself a signal at its `at`-th rename or, if 0, waits there."""
     code = CHILD.format(module=stage.module.__name__)
     command = [sys.executable, "-c", code, str(number), str(at), *stage.words]
     path = os.pathsep.join([str(Path(stage.module.__file__).parent), os.environ.get("PYTHONPATH", "")])
@@ -561,7 +561,7 @@ def test_two_that_want_the_same_cache_build_it_once(whole, tmp_path, monkeypatch
         other.stdin.write("\n")
         other.stdin.close()
 
-    monkeypatch.setattr(files, "print", release, raising=False)  # said when the lock is found taken
+    monkeypatch.setattr(files, "print", release, raising=False)  # printed when the lock is found taken
     monkeypatch.setattr(cache, "build", lambda *_: pytest.fail("built twice"))
     found = cache.open_cache(Settings(data=whole[0], cache=tmp_path, size=32, spacing=2.0, workers=1))
     assert "waiting for another process" in said[0]

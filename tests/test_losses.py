@@ -1,4 +1,4 @@
-"""What is minimised, against brute force and closed forms."""
+"""The losses, against brute force and closed forms."""
 
 import numpy as np
 import pytest
@@ -96,7 +96,7 @@ def test_region_dice_is_that_of_the_whole_case_and_nan_where_neither_shows_a_reg
 
 
 def halves(*columns):
-    """A region (1, H, W) that fills these columns of 8."""
+    """A region (1, 8, 8) that fills these columns."""
     region = torch.zeros(1, 8, 8)
     region[..., list(columns)] = 1
     return region
@@ -105,7 +105,7 @@ def halves(*columns):
 def test_overlap_is_one_minus_dice_of_regions_that_both_slices_show():
     empty = halves()
     fixed = torch.stack([torch.cat([halves(0, 1), halves(4, 5), empty])])
-    warped = torch.stack([torch.cat([halves(1, 2), empty, halves(6)])])  # MYO, RV: in one slice alone
+    warped = torch.stack([torch.cat([halves(1, 2), empty, halves(6)])])  # MYO, RV: in only one slice
     loss = overlap_loss(warped, fixed, torch.tensor([True]))
     assert loss.item() == pytest.approx(0.5)
 
@@ -132,7 +132,7 @@ def test_difference_counts_every_pixel_of_labelled_samples_and_shrinks_what_the_
     warped.requires_grad_()
     loss = difference_loss(warped, fixed, torch.tensor([True, False]))
     loss.backward()
-    assert loss.item() == pytest.approx(8 / (3 * 64))  # one column that is not there
+    assert loss.item() == pytest.approx(8 / (3 * 64))  # one column that the fixed slice lacks
     assert (warped.grad[0, 2, :, 6] > 0).all()
     assert not warped.grad[1].any()
     assert difference_loss(warped, fixed, torch.tensor([False, False])) == 0

@@ -213,7 +213,7 @@ def test_volume():
 def test_score_case_with_regions_that_one_or_both_lack():
     prediction, reference = np.zeros((6, 6, 3), np.uint8), np.zeros((6, 6, 3), np.uint8)
     prediction[1:3, 1:3, 1] = reference[1:3, 1:4, 1] = 1  # LV: 4 and 6 voxels
-    reference[5, 5, :] = 2  # MYO: in the reference alone; RV in neither
+    reference[5, 5, :] = 2  # MYO: only in the reference; RV in neither
     scores = m.score_case(prediction, reference, (1.0, 2.0, 10.0))
     assert tuple(scores) == REGIONS
     lv = {"dice": 0.8, "hd95_mm": 2, "assd_mm": 0.4, "volume_ml": 0.08, "reference_volume_ml": 0.12}
@@ -260,7 +260,7 @@ def test_largest_component_keeps_one_piece_a_region():
     labels = np.zeros((8, 8, 3), np.uint8)
     labels[1:3, 1:3, :2] = 1  # 8 voxels over two slices: connected through the slices
     labels[5, 5:7, 0] = 1  # apart
-    labels[3, 3, 0] = 1  # touches the first by a corner alone: apart too
+    labels[3, 3, 0] = 1  # touches the first only at a corner: apart too
     labels[7, :, 2] = 2
     before = labels.copy()
     kept = m.largest_component(labels)
@@ -346,7 +346,7 @@ def test_paired_comparison_against_scipy():
 
 
 def test_paired_comparison_by_hand():
-    """Five patients that all gain, by different amounts: p = 2 / 2^5 of the sign patterns are as extreme."""
+    """Five patients that all gain, by different amounts: 2 of the 2^5 sign patterns are as extreme."""
     result = m.paired_comparison(dict.fromkeys("abcde", 0.0), dict(zip("abcde", [1.0, 2.0, 3.0, 4.0, 5.0])))
     assert result["p"] == pytest.approx(2 / 32)
     assert result["mean_difference"] == 3

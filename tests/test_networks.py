@@ -59,7 +59,7 @@ def test_registration_has_the_feature_widths_of_voxelmorph_and_stops_at_half_res
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_registration_is_voxelmorphs_diagram(guided):
-    """Values and gradients: a level is a convolution and an activation, nearest up, the skip beside it."""
+    """Values and gradients: levels of convolution and activation, nearest upsampling, skips concatenated."""
     torch.manual_seed(0)
     network = RegistrationNetwork(guided).double()
     nn.init.normal_(network.velocity.weight)
@@ -201,7 +201,7 @@ def test_refining_fits_a_velocity_to_its_own_pair_whatever_else_is_in_the_batch(
     assert torch.equal(refine(start, moving, fixed, 0), start)
     found = refine(start, moving, fixed, 20)
     assert not found.requires_grad
-    assert not start.any(), "what it begins with stays"
+    assert not start.any(), "the start is not changed"
     displacement = resize_displacement(integrate(found), (32, 32))
     assert (displacement[0, 0, 12:24, 12:20].mean() + 2).abs() < 0.4  # back to where the blob was
     left = (warp(moving, displacement) - fixed).square().mean((1, 2, 3))

@@ -1,4 +1,4 @@
-"""Data parallel: two processes (gloo, on the CPU) train as one does; a run goes on across a change of N."""
+"""Data parallel: two processes (gloo, on the CPU) train as one does; a run resumes with another N."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ TIMING = {"seconds", "samples_per_second", "waiting_percent", "memory_gb"}
 
 
 def torchrun(script, *words):
-    """A script of the project in two processes; gives what `subprocess.run` does."""
+    """Run a script of the project in two processes; returns what `subprocess.run` does."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launch, str(ROOT / script), *map(str, words)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -35,7 +35,7 @@ def test_a_registration_in_turn_by_one_process_and_two_is_that_of_one(tiny_data,
     assert train_registration.main([*parts, "4"]) == 0
     shared = torchrun("train_registration.py", *parts, "8")
     assert shared.returncode == 0, shared.stderr
-    assert shared.stdout.count("registration: 8 steps of 4 pairs") == 1, "the first process alone prints"
+    assert shared.stdout.count("registration: 8 steps of 4 pairs") == 1, "only the first process prints"
     assert train_registration.main([*parts, "12"]) == 0
     rows = [read_csv(tmp_path / out / "registration" / "log.csv") for out in ("once", "parts")]
     assert [row["step"] for row in rows[1]] == ["4", "8", "12"]
@@ -55,7 +55,7 @@ def test_two_processes_train_the_segmentation(tiny_data, tmp_path):
     shared = torchrun("train_segmentation.py", *words)
     assert shared.returncode == 0, shared.stderr
     assert (tmp_path / "run" / "segmentation" / "original" / "example.png").exists()
-    assert train_segmentation.main([*map(str, words), "--max-steps", "8"]) == 0, "one goes on alone"
+    assert train_segmentation.main([*map(str, words), "--max-steps", "8"]) == 0, "a single process resumes"
 
 
 def test_a_batch_that_the_processes_cannot_share_is_one_line(tiny_data, tmp_path):
@@ -66,11 +66,11 @@ def test_a_batch_that_the_processes_cannot_share_is_one_line(tiny_data, tmp_path
     assert lines == ["train_registration.py: --batch-size 5: 2 processes cannot share it equally"]
 
 
-@pytest.mark.parametrize(("card", "backends"), [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
-def test_what_lies_on_the_cpu_travels_with_gloo_wherever_there_is_a_card(card, backends, monkeypatch):
+@pytest.mark.parametrize(("gpu", "backends"), [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
+def test_what_lies_on_the_cpu_travels_with_gloo_wherever_there_is_a_card(gpu, backends, monkeypatch):
     started = []
     monkeypatch.setattr(parallel, "LAUNCHED", True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: card)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(parallel.dist, "init_process_group", lambda name, timeout: started.append(name))
     with parallel.process_group():
         assert started == [backends]
@@ -78,7 +78,7 @@ def test_what_lies_on_the_cpu_travels_with_gloo_wherever_there_is_a_card(card, b
 
 @pytest.fixture
 def as_process(monkeypatch):
-    """Let this process be number `rank` of `count`, as far as shares go."""
+    """Let this process be number `rank` of `count`, for its shares of batches."""
 
     def be(rank, count):
         for module in (parallel, augment):

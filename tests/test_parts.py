@@ -1,4 +1,4 @@
-"""Finished cases are kept until the run is finished: never done twice, never taken for others, never left."""
+"""Finished cases are kept until the run is finished: never redone, mistaken for others or left behind."""
 
 import math
 import os
@@ -66,11 +66,11 @@ def test_what_is_no_part_is_one_line_and_no_more_memory_than_the_file(tmp_path, 
         read_part(tmp_path / "part")
 
 
-# ------------------------------------------------------------------------------------- which are gone on with
+# ------------------------------------------------------------------------------------ which parts are reused
 
 
 class Cases:
-    """Three cases; `square` notes which it is called for."""
+    """Three cases; `square` records which it is called for."""
 
     def __init__(self):
         self.cases = [
@@ -95,7 +95,7 @@ class Cases:
 
 @pytest.fixture
 def cases(tmp_path):
-    """Killed at its last case."""
+    """`Cases` whose run was killed at the last one."""
     cases = Cases()
     cases.dies = "C"
     with pytest.raises(Killed):
@@ -114,7 +114,7 @@ def test_a_killed_run_goes_on_with_the_next_case(cases, tmp_path, capsys):
 def test_parts_of_other_weights_or_settings_are_not_taken_and_go(cases, tmp_path):
     assert cases.results(tmp_path, ("others",)) == ["A", "B", "C"]
     assert len(list(tmp_path.iterdir())) == 3
-    assert cases.results(tmp_path) == ["A", "B", "C"], "what the others wrote over is made again"
+    assert cases.results(tmp_path) == ["A", "B", "C"], "what the others overwrote is redone"
 
 
 def test_a_case_that_changed_is_made_again_alone(cases, tmp_path):

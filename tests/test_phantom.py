@@ -1,4 +1,4 @@
-"""The phantom is the yardstick of other tests: its layout, and the truth of its truth."""
+"""The phantom, by which other tests measure: its layout, and that its truth is true."""
 
 import csv
 import re
@@ -132,7 +132,7 @@ def test_true_displacement_carries_the_label_of_ed_to_every_frame(cases):
             warped = warp(case, t, case["displacement"])
             scores = [dice(warped, truth, region) for region in LABELS.values()]
             assert np.mean(scores) > 0.95
-            assert min(scores) > 0.93  # a 6 mm wall is 4 pixels, of labels that are whole
+            assert min(scores) > 0.93  # a 6 mm wall is 4 pixels of hard labels
 
 
 def test_displacement_of_another_direction_or_axis_order_does_not(cases):
@@ -145,7 +145,7 @@ def test_displacement_of_another_direction_or_axis_order_does_not(cases):
 
 
 def test_image_moves_with_the_tissue(cases):
-    """ED's image warped to ES is ES's, but for noise: closer to it than ED's image is."""
+    """ED's image warped to ES is ES's, except for noise: closer to it than ED's image is."""
     case = cases[0]
     es, ed, z = case["es"], case["ed"], interior(case["label"])[1]
     moving, fixed = (case["image"][:, :, z, t].astype(float) for t in (ed, es))
@@ -213,7 +213,7 @@ def test_vendors_look_different(cases):
         blood = np.median(image[label == LABELS["LV"]])
         contrast[letter] = 1 - np.median(image[label == LABELS["MYO"]]) / blood
         steps = np.abs(np.diff(image.astype(float), axis=0))[(label == LABELS["LV"])[1:]]
-        noise[letter] = np.median(steps) / blood  # papillary muscles are few
+        noise[letter] = np.median(steps) / blood  # the few papillary muscles do not change it
     assert abs(contrast["A"] - contrast["B"]) < 0.12
     assert contrast["C"] < min(contrast["A"], contrast["B"]) - 0.15
     assert noise["D"] > 1.5 * max(noise["A"], noise["B"])

@@ -36,7 +36,7 @@ def read(path):
 
 
 def scripts(data, out, *words):
-    """Run all four; the exit codes."""
+    """Run all four scripts; returns their exit codes."""
     common = ["--data", str(data), "--out", str(out), "--workers", "1", *words]
     return [
         train_registration.main([*common, *TINY.split(), *SHORT.split()]),
@@ -157,7 +157,7 @@ def test_the_registration_is_scored_on_the_cases_as_they_are(finished, tmp_path)
     rows, code = read(table), sorted(path.name for path in (data / "Testing").iterdir())[0]
 
     def scores(rows):
-        """What quality.csv holds when the table of the dataset has these rows."""
+        """The rows of quality.csv if the table of the dataset has these rows."""
         with open(table, "w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
@@ -166,14 +166,14 @@ def test_the_registration_is_scored_on_the_cases_as_they_are(finished, tmp_path)
         return read(out / "registration" / "quality.csv")
 
     other = {"Vendor": "C", "VendorName": "GE"}
-    mended = [row | other if row["External code"] == code else row for row in rows]
+    corrected = [row | other if row["External code"] == code else row for row in rows]
     assert {row["vendor"] for row in before if row["case"] == code} != {"C"}
-    assert scores(mended) == [row | {"vendor": "C"} if row["case"] == code else row for row in before]
+    assert scores(corrected) == [row | {"vendor": "C"} if row["case"] == code else row for row in before]
     away = shutil.move(data / "Testing" / code, tmp_path)
     others = scores([row for row in rows if row["External code"] != code])
     assert others == [row for row in before if row["case"] != code] != before
     shutil.move(away, data / "Testing")
-    assert scores(rows) == before, "on cases that have come since"
+    assert scores(rows) == before, "also on cases added since"
 
 
 def test_train_more_and_the_table_follows(finished, tmp_path):

@@ -1,11 +1,11 @@
 """Mixed precision and other devices against float32 on the CPU: same weights, same batches, stated bounds.
 
-The networks have learnt a little before: at the start every displacement is 0 and anything would agree.
+The networks are trained a little first: at the start every displacement is 0 and anything would agree.
 """
 
 import pytest
 import torch
-from conftest import NEEDS_CARD
+from conftest import NEEDS_GPU
 
 import train_registration
 import train_segmentation
@@ -36,7 +36,7 @@ def stores(cache, device):
 
 @pytest.fixture(scope="module", params=[registration, segmentation], ids=lambda task: task.__name__)
 def learnt(request, tiny_data, tmp_path_factory):
-    """(what makes the task, cache, weights after some steps in float32 on the CPU)."""
+    """(function that makes the task, cache, weights after some steps in float32 on the CPU)."""
     folder = tmp_path_factory.mktemp("precision")
     cache = open_cache(RegistrationSettings(data=tiny_data, cache=folder, size=32, spacing=2.0, workers=1))
     task = request.param(cache, CPU)
@@ -74,24 +74,24 @@ def outcome(learnt, device, mixed):
     return torch.stack(losses).detach().cpu(), gradient.cpu(), found.cpu()
 
 
-# Loss (relative), cosine of gradients, displacement in pixels, probability. Seen with bfloat16 on the CPU:
+# Loss (relative), cosine of gradients, displacement in pixels, probability. Measured in bfloat16 on the CPU:
 # 0.0018, 0.9999, 0.006 and 0.019.
 BOUNDS = {
     ("cpu", True): (0.003, 0.99, 0.05, 0.03),
     ("cuda", False): (0.003, 0.99, 0.05, 0.03),  # its convolutions round to TF32
     ("cuda", True): (0.006, 0.98, 0.1, 0.06),
 }
-WAYS = [pytest.param(*way, marks=NEEDS_CARD if way[0] == "cuda" else []) for way in BOUNDS]
+WAYS = [pytest.param(*way, marks=NEEDS_GPU if way[0] == "cuda" else []) for way in BOUNDS]
 
 
 @pytest.mark.parametrize(("device", "mixed"), WAYS)
 def test_losses_gradients_and_inference_agree_with_float32_on_the_cpu(learnt, device, mixed):
     if mixed and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        pytest.skip("this card does not compute in bfloat16")
+        pytest.skip("this GPU does not compute in bfloat16")
     loss, cosine, pixels, probability = BOUNDS[device, mixed]
     expected, found = outcome(learnt, CPU, False), outcome(learnt, torch.device(device), mixed)
     torch.testing.assert_close(found[0], expected[0], atol=0, rtol=loss)
     assert torch.cosine_similarity(found[1], expected[1], 0) > cosine
     atol = pixels if learnt[0] is registration else probability
     torch.testing.assert_close(found[2], expected[2], atol=atol, rtol=0)
-    assert found[2].std() > 2 * atol, "there is something to agree on"
+    assert found[2].std() > 2 * atol, "the result varies by more than the tolerance"

@@ -197,8 +197,8 @@ def test_what_moves_far_from_the_heart_does_not_pull_the_crop():
     image = np.zeros((160, 128, 2, 6), np.float32)  # 240 x 256 mm
     x, y = np.indices(image.shape[:2])
     image[np.hypot(1.5 * (x - 50), 2 * (y - 40)) < 30, :, 1::2] = 1  # mm
-    image[np.hypot(1.5 * (x - 50), 2 * (y - 90)) < 10, :, 1::2] = 1  # 100 mm along Y alone
-    image[np.hypot(1.5 * (x - 120), 2 * (y - 40)) < 10, :, 1::2] = 1  # 105 mm along X alone
+    image[np.hypot(1.5 * (x - 50), 2 * (y - 90)) < 10, :, 1::2] = 1  # 100 mm off, only along Y
+    image[np.hypot(1.5 * (x - 120), 2 * (y - 40)) < 10, :, 1::2] = 1  # 105 mm off, only along X
     assert motion_centre(image, (1.5, 2.0, 8.0)) == pytest.approx((50, 40), abs=0.51)
     assert motion_centre(1000 + 200 * image, (1.5, 2.0, 8.0)) == motion_centre(image, (1.5, 2.0, 8.0))
 
@@ -220,7 +220,7 @@ def test_an_image_that_is_constant_but_for_a_voxel_keeps_its_range():
 
 @pytest.mark.parametrize("width", [64, 60, 63])
 def test_the_intensity_window_sees_every_column(width):
-    image = np.zeros((width, 64, 8, 110), np.uint8, order="F")  # of 3 voxels one is sampled, or fewer
+    image = np.zeros((width, 64, 8, 110), np.uint8, order="F")  # at most one voxel in 3 is sampled
     assert image.size // 1_000_000 == 3
     image[::3] = np.arange(64)[:, None, None]
     image[1::3] = image[2::3] = 200

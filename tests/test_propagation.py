@@ -1,7 +1,7 @@
-"""Labels through time: which frames, by which motion, how far to be trusted, and what has no label.
+"""Labels through time: which frames, by which motion, how far to trust them, and what has no label.
 
-`Follower` stands for a trained registration: it finds the shift between two slices by their centres of mass,
-so that what is tested is the way of the labels and not the network.
+`follower` stands in for a trained registration: it finds the shift between two slices from their centres of
+mass, so that the propagation of labels is tested and not the network.
 """
 
 import csv
@@ -148,7 +148,7 @@ def test_several_frames_at_once_equal_one_by_one(swinging, steps):
 
 
 def hasty(*slices):
-    """The way there, and on."""
+    """Overshoots by 30 %."""
     return 1.3 * follower(*slices)
 
 
@@ -207,7 +207,7 @@ def test_folding_counts_near_the_heart_alone(swinging, monkeypatch, size, expect
 
 
 def words(frames, trust=False):
-    """What `propagate` looks at of its settings."""
+    """The settings that `propagate` reads."""
     return SimpleNamespace(frames=frames, trust=trust, refine=0)
 
 
@@ -340,7 +340,7 @@ def test_warped_labels_are_soft_until_one_arg_max():
     displacement = torch.zeros(1, 2, 24, 24)
     assert torch.equal(warp_labels(labels, displacement), labels)
     displacement[:, 0] = 0.4
-    assert torch.equal(warp_labels(labels, displacement), labels), "nearest where the label is all there is"
+    assert torch.equal(warp_labels(labels, displacement), labels), "less than half a pixel changes no label"
     displacement[:, 0] = 3
     assert torch.equal(warp_labels(labels, displacement)[0, 5:13], labels[0, 8:16])
 
@@ -468,16 +468,16 @@ def test_labels_of_an_older_registration_are_made_anew(run, capsys):
     assert train_registration.main([*words, *SHORT, "--lr", "0.002", "--overwrite"]) == 0
     assert propagate_labels.main(words) == 0
     assert propagation.made_from(out / "propagation" / "labels.h5") != before
-    assert labels.stat().st_mtime_ns > written, "--nifti is one of the run's words"
+    assert labels.stat().st_mtime_ns > written, "--nifti is one of the run's settings"
 
     path = out / "propagation" / "labels.h5"
     propagated = Propagated.read(path)
-    assert train_segmentation.main(words) == 0, "made anew, but the same: nothing had been learnt"
+    assert train_segmentation.main(words) == 0, "redone, but the same: nothing had been learnt"
     propagated.labels[0, :4] = 1
     propagated.write(path, propagation.made_from(path))
     before = (out / "segmentation" / "original" / "last.pt").read_bytes()
     more = [*words, "--max-steps", "6"]
-    assert train_segmentation.main(more) == 2, "what is there was trained on the older labels"
+    assert train_segmentation.main(more) == 2, "the run there was trained on the older labels"
     assert "other propagated labels; use --labels propagated --overwrite or" in capsys.readouterr().err
     assert (out / "segmentation" / "original" / "last.pt").read_bytes() == before, "nor is the other trained"
     words += ["--overwrite", "--labels", "propagated"]
@@ -504,7 +504,7 @@ def test_labels_of_another_registration_are_refused(run, capsys):
     words, out = run
     words += ["--cache", str(out / "cache")]
     assert train_registration.main([*words, "--max-steps", "5"]) == 0
-    assert train_segmentation.main([*words, "--max-steps", "5"]) == 0, "what has begun with them goes on"
+    assert train_segmentation.main([*words, "--max-steps", "5"]) == 0, "a run begun with them resumes"
     assert train_registration.main([*words, *SHORT, "--lr", "0.002", "--overwrite"]) == 0
     assert train_segmentation.main([*words, "--overwrite"]) == 2
     assert "from another registration than OUT's; run propagate_labels.py" in capsys.readouterr().err

@@ -79,7 +79,7 @@ setTimeout(() => {
 
 @pytest.fixture(scope="module")
 def evaluation(trained_run, tmp_path_factory):
-    """The evaluation/ of a tiny run."""
+    """The folder evaluation/ of a tiny run."""
     data, trained = trained_run
     out = tmp_path_factory.mktemp("report") / "run"
     shutil.copytree(trained, out)
@@ -119,7 +119,7 @@ def test_report_works_in_a_browser(evaluation, tmp_path, width):
     text = (evaluation / "report.html").read_text()
     driver = f"<script>{DRIVER.replace('SLICES', '3')}</script></body>"
     (tmp_path / "driven.html").write_text(text.replace("</body>", driver))
-    # Chromium's own window has a least width; a frame inside has none.
+    # Chromium's own window has a minimum width; a frame inside has none.
     frame = f'<iframe src="driven.html" style="width: {width}px; height: 3000px"></iframe>'
     relay = "<script>setInterval(() => document.title = frames[0].document.title, 50)</script>"
     (tmp_path / "frame.html").write_text(f"<!doctype html><html><body>{frame}{relay}</body></html>")
@@ -171,7 +171,7 @@ def test_a_cine_keeps_the_colours_of_the_regions(tiny_data, tmp_path):
     nothing = Propagated(np.zeros((0, 32, 32), np.uint8), [], np.zeros(0))
     draw_cine(tmp_path / "cine.gif", cache, cases, nothing)
     with Image.open(tmp_path / "cine.gif") as gif:
-        assert (gif.n_frames, gif.info["duration"]) == (2, 700), "ED and ES alone, not to flicker"
+        assert (gif.n_frames, gif.info["duration"]) == (2, 700), "only ED and ES, slowly, not to flicker"
         pixels = np.asarray(gif.convert("RGB")).reshape(-1, 3).astype(int)
     for region, colour in COLOURS.items():
         difference = np.abs(pixels - 255 * np.array(to_rgb(colour))).max(1)

@@ -1,4 +1,4 @@
-"""Labels that are withheld: no training script sees them, whatever they say."""
+"""Withheld labels: no training script sees them, whatever they contain."""
 
 import re
 import shutil
@@ -24,7 +24,7 @@ SCRIPTS = (train_registration, propagate_labels, train_segmentation, evaluate)
 
 
 def run(data, out, *words, scripts=SCRIPTS[:3]):
-    """The training-side scripts in order; `words` are given to the first and found by the others."""
+    """Run `scripts` in order; `words` are given to the first and taken from its run by the others."""
     for script in scripts:
         own = [*TINY.split(), *words] if script is train_registration else ["--workers", "1"]
         if script in (train_registration, train_segmentation):
@@ -39,7 +39,7 @@ def weights(out, place):
 
 
 def spoil(data, phase, keep=()):
-    """Mirror the expert labels of one phase in Training and Validation, but for the cases `keep`."""
+    """Mirror the expert labels of one phase in Training and Validation, except for the cases `keep`."""
     for case in MMS_CASES:
         if case.labelled and not case.folder.startswith("Testing") and case.code not in keep:
             path = data / case.folder / case.code / f"{case.code}_sa_gt.nii.gz"

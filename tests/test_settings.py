@@ -1,4 +1,4 @@
-"""The command line: defaults in --help, what later scripts take from the run, contradictions, bad words."""
+"""The command line: defaults in --help, what later scripts take from the run, contradictions, bad options."""
 
 import dataclasses
 import json
@@ -83,7 +83,7 @@ def test_a_typed_word_is_taken_in_its_type(tmp_path):
 
 
 def stored_run(out, folder, kind, **words):
-    """What `run_folder` would have written for a run with these settings."""
+    """Make the folder of a run with these settings; returns them."""
     settings = kind(out=out, **words)
     with run_folder(settings, folder, []):
         return settings
@@ -158,9 +158,9 @@ def test_each_u_net_goes_on_with_its_own_words(tmp_path):
     folders = ["segmentation/original", "segmentation/propagated"]
     stored_run(tmp_path, folders[0], SegmentationSettings, lr=0.5, channels=8, seed=1)
     alone = later(SegmentationSettings, tmp_path, "--labels", "propagated", own=folders)
-    assert (alone.lr, alone.channels) == (0.5, 8), "so that what differs is the labels"
+    assert (alone.lr, alone.channels) == (0.5, 8), "so that only the labels differ"
     words = ["--labels", "propagated", "--lr", "0.25"]
-    assert later(SegmentationSettings, tmp_path, *words, own=folders).lr == 0.25, "unless it is typed"
+    assert later(SegmentationSettings, tmp_path, *words, own=folders).lr == 0.25, "unless it is given"
     with pytest.raises(InputError, match=r"--channels 4 contradicts --channels 8 of .*; omit it or"):
         later(SegmentationSettings, tmp_path, *words, "--channels", "4", "--overwrite", own=folders)
     stored_run(tmp_path, folders[1], SegmentationSettings, lr=0.25, channels=8)
@@ -261,7 +261,7 @@ def test_a_damaged_config_is_one_clear_line(tmp_path, content):
         later(RegistrationSettings, tmp_path, own=["registration"])
 
 
-# ---------------------------------------------------------------------------------------------- bad words
+# -------------------------------------------------------------------------------------------- bad options
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """What a step draws: the right frames of the right slice, with the labels that belong to them.
 
-Every slice of the cache here is filled with the number of its row, so that a batch tells where it comes from.
+Every slice of the cache here is filled with the number of its row, so that a batch shows where it comes from.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ def origin(row):
 
 
 def draw_pairs(cache, labelled_share=0.5, steps=4, batch=256, **options):
-    """Rows of moving and fixed, their label rows and whether both are labelled, of some steps."""
+    """Yield rows of moving and fixed, their label rows and whether both are labelled, of some steps."""
     pairs = Pairs(SliceStore(cache, options.get("cases", CASES), CPU), labelled_share)
     for step in range(steps):
         drawn = pairs.draw(batch, 0, step)
@@ -220,7 +220,7 @@ EXPERT = {
 def test_expert_slices_alone_come_with_their_own_labels(cache):
     slices = LabelledSlices(SliceStore(cache, CASES, CPU))
     assert len(slices) == slices.expert_count == 8
-    assert drawn_slices(slices) == EXPERT  # the empty one, filled with 0, is background and drawn like others
+    assert drawn_slices(slices) == EXPERT  # the one filled with 0 is background, drawn like others
 
 
 def propagated(*where):

@@ -1,4 +1,4 @@
-"""The strong recipe: its words reach the runs, averaged weights are kept, and it resumes bit for bit."""
+"""The strong recipe: its settings reach the runs, averaged weights are kept, and it resumes bit for bit."""
 
 import json
 from dataclasses import replace
@@ -70,7 +70,7 @@ def test_labels_are_carried_and_scored_by_a_pair_and_the_turned_pair(tiny_data, 
     (out / "registration" / "config.json").write_text(json.dumps(config))
     network, _ = propagation.load_registration(out, torch.device("cpu"))
     assert type(network) is RegistrationNetwork
-    assert weights_digest(network) != before, "labels.h5 is told by it"
+    assert weights_digest(network) != before, "labels.h5 is identified by it"
 
 
 def test_a_wider_registration_is_read_back_as_wide(tiny_data, tmp_path):
@@ -140,7 +140,7 @@ def test_soft_dice_of_certain_logits():
 
 
 def test_the_registration_is_validated_by_the_labels_too_as_it_is_trained(tiny_data, tmp_path):
-    """The image term alone rises while the labels still gain: by it the learning rate would fall too soon."""
+    """The image term alone rises while the labels still improve, and would cut the learning rate too soon."""
     words = {"data": tiny_data, "cache": tmp_path, "size": 32, "spacing": 2.0, "workers": 1}
     cache = open_cache(RegistrationSettings(**words))
     cpu = torch.device("cpu")

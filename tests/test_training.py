@@ -1,4 +1,4 @@
-"""The training loop: resumed equals uninterrupted bit for bit, the schedule, and every way out."""
+"""The training loop: resumed equals uninterrupted bit for bit, the schedule, and every way it can end."""
 
 import contextlib
 import csv
@@ -37,8 +37,8 @@ def noise(step):
 class Task:
     """Noise to segment, with batch norm in the network.
 
-    at: {step: what happens when it is drawn}; bad: steps whose loss is NaN; val_losses, scores: {steps done:
-    what validation gives}.
+    at: {step: function called when it is drawn}; bad: steps whose loss is NaN; val_losses, scores: {steps
+    done: what validation returns}.
     """
 
     def __init__(self, at=None, bad=(), val_losses=None, scores=None):
@@ -81,7 +81,7 @@ def train(folder, task=None, **words):
 
 
 def without_timing(value):
-    """A checkpoint with tensors as bytes and without clocks: equal where runs are bit for bit equal."""
+    """A checkpoint with tensors as bytes and without times: equal if runs are equal bit for bit."""
     if isinstance(value, dict):
         return {key: without_timing(part) for key, part in value.items() if key not in TIMING}
     if isinstance(value, (list, tuple)):
@@ -107,7 +107,7 @@ def assert_equal_runs(one, other):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run of 12 steps in 3 epochs that nothing disturbed."""
+    """An undisturbed run of 12 steps in 3 epochs."""
     folder = tmp_path_factory.mktemp("whole")
     assert train(folder)
     assert [row["step"] for row in log(folder)] == ["4", "8", "12"]
@@ -119,7 +119,7 @@ def signalled(step, number):
     return Task({step: lambda: signal.raise_signal(number)})
 
 
-# ---------------------------------------------------------------------------- interrupted and gone on with
+# -------------------------------------------------------------------------------- interrupted and resumed
 
 
 @pytest.mark.parametrize("step", [0, 2, 3, 5, 10])
@@ -168,7 +168,7 @@ def test_stopped_at_any_steps_in_any_way_the_run_ends_as_if_nothing_had_been(
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "SAVE_EVERY", every)
-        for step, how in stops:  # a step that is behind already lets the run go through
+        for step, how in stops:  # at a step already taken, the run just finishes
             with contextlib.suppress(how):
                 train(folder, Task({step: SIGNAL_ERRORS[how]}))
         train(folder)
@@ -182,7 +182,7 @@ def test_max_steps_raised_goes_on_as_if_it_had_been_so_from_the_start(tmp_path, 
     assert (tmp_path / "best.pt").exists()
     assert log(tmp_path)[-1]["step"] == str(steps)
     assert train(tmp_path)
-    assert not (tmp_path / "done").exists(), "what was made of the shorter run is out of date"
+    assert not (tmp_path / "done").exists(), "the outcome of the shorter run is out of date"
     assert_equal_runs(tmp_path, whole)
 
 
@@ -194,7 +194,7 @@ def test_max_steps_ends_a_run_that_was_interrupted_there_or_beyond(tmp_path, who
     write_json(config, {"settings": {"max_steps": wanted}, "dataset": "A"})
     assert train(tmp_path / "parts", task, max_steps=wanted)
     assert task.drawn == []
-    assert read_json(config) == {"settings": {"max_steps": stopped}, "dataset": "A"}, "as it is trained"
+    assert read_json(config) == {"settings": {"max_steps": stopped}, "dataset": "A"}, "as it was trained"
     train(tmp_path / "straight", max_steps=stopped)
     assert_equal_runs(tmp_path / "parts", tmp_path / "straight")
     train(tmp_path / "parts")
@@ -229,7 +229,7 @@ def test_the_last_part_of_an_epoch_can_be_the_best(tmp_path):
     with pytest.raises(Killed):
         train(tmp_path, Task({6: killed}, scores=scores), max_steps=8)
     last, best = (read_checkpoint(tmp_path / name, CPU) for name in ("last.pt", "best.pt"))
-    assert (best["progress"]["step"], last["progress"]["best"]) == (4, 0.2), "one tells of the other"
+    assert (best["progress"]["step"], last["progress"]["best"]) == (4, 0.2), "the two belong together"
     train(tmp_path, Task(scores=scores), max_steps=8)
     assert read_checkpoint(tmp_path / "best.pt", CPU)["progress"]["step"] == 8
     train(tmp_path / "worse", Task(scores=scores | {6: 0.1}), max_steps=6)
@@ -284,7 +284,7 @@ def test_steps_in_bfloat16_leave_weights_and_validation_in_float32_and_are_resum
     train(tmp_path / "whole", task, precision="bfloat16")
     assert kinds == {(True, torch.bfloat16), (False, torch.float32)}
     weights = read_checkpoint(tmp_path / "whole" / "last.pt", CPU)["network"].values()
-    assert {each.dtype for each in weights} == {torch.float32, torch.int64}  # of batches, how many
+    assert {each.dtype for each in weights} == {torch.float32, torch.int64}  # int64: batch norm's counts
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "parts", signalled(6, signal.SIGINT), precision="bfloat16")
     train(tmp_path / "parts", precision="bfloat16")

@@ -1,4 +1,4 @@
-"""Trust: high where both phases agree and the image fits, low where not; and what makes a slice a fault."""
+"""Trust: high where both phases agree and the image fits, low elsewhere; and what counts as a fault."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def ring(inner=6.0, outer=10.0, centre=(20.0, 20.0)):
 
 
 def carried(labels, residual=0.0, present=(True,)):
-    """What `carry` would give of labels (F, Z, S, S)."""
+    """What `carry` would return for labels (F, Z, S, S)."""
     regions = torch.stack([labels == k for k in (1, 2, 3)], 2).float()
     flat = torch.ones(labels.shape)
     confidence = torch.where(torch.tensor(present), 1.0, torch.nan).expand(labels.shape[:2])
@@ -85,7 +85,7 @@ def test_a_slice_that_one_phase_lacks_is_given_up_once_from_where_the_images_are
         ((0.1, 0.25, 0.1, 0.3, 0.3), 3),  # one frame that does not fit is not the end
         ((0.3, 0.1, 0.1, 0.1, 0.1), 4),
         ((0.3, 0.3, 0.3, 0.3, 0.3), 0),
-        ((0.0, 0.0, 0.0, 0.0, 0.0), 4),  # the nearer half and no more
+        ((0.0, 0.0, 0.0, 0.0, 0.0), 4),  # only the nearer half
     ):
         # worse where the label lies, better in the slice as a whole
         for order in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 0, 1, 4, 3]):  # away from the phase, towards it
@@ -110,7 +110,7 @@ def test_the_expected_dice_is_that_of_a_label_whose_pixels_are_wrong_as_often_as
     labels = frames(ring(), torch.zeros_like(ring()))
     assert trust.expected_dice(labels, torch.ones(labels.shape))[0].item() == pytest.approx(1)
     assert trust.expected_dice(labels, torch.ones(labels.shape))[1].isnan()
-    rim = (ring(5, 11) == 2) & (ring() == 1)  # the outermost pixels of LV, each right or not by a coin
+    rim = (ring(5, 11) == 2) & (ring() == 1)  # the outermost pixels of LV, each right by a coin toss
     certainty = torch.where(rim, 0.5, 1.0).expand(labels.shape)
     draws = torch.rand((500, *rim.shape), generator=torch.Generator().manual_seed(0)) < 0.5
     truth = torch.where(rim & draws, 2, ring())
@@ -149,8 +149,8 @@ def test_where_es_is_not_known_the_outermost_slices_lose_regions_as_the_heart_sh
         assert shares[frame, 2, 2] == 1
     es = certainty[2] if base_first else certainty[2].flip(0)
     rv = labels[0] == 3 if base_first else labels[0].flip(0) == 3
-    assert torch.allclose(es[1][rv[1]], base[2]), "gone rather than there: background, by that chance"
-    assert torch.allclose(es[3][rv[3]], 1 - apex[2]), "there rather than gone"
+    assert torch.allclose(es[1][rv[1]], base[2]), "likelier gone than there: background, by that probability"
+    assert torch.allclose(es[3][rv[3]], 1 - apex[2]), "likelier there than gone"
 
 
 def test_es_alone_and_short_stacks_keep_what_they_show():
@@ -230,7 +230,7 @@ def test_each_fault_is_named():
     assert faults([ring(), ring(6, 14), ring()], (ring(), ring())) == ["", "wall area", ""]
     assert "LV area jumps" in faults([ring(), ring(9, 12), ring()], (ring(), ring()))[1]
     assert faults([ring(), opened], (opened, opened))[1] == "", "open in the source: no fault"
-    assert faults([opened], (ring(), opened)) == [""], "nor where it is open at one end alone"
+    assert faults([opened], (ring(), opened)) == [""], "nor if it is open at only one end"
 
 
 def beating(cavity, wall):

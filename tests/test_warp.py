@@ -181,7 +181,7 @@ def test_everything_stays_in_float32_under_autocast():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
 def test_a_displacement_that_is_not_finite_crashes_nothing(value):
-    """grid_sample's backward pass on the CPU ends the process where a coordinate is NaN."""
+    """grid_sample's backward pass on the CPU crashes the process if a coordinate is NaN."""
     displacement = torch.full((2, 2, 32, 32), value, requires_grad=True)
     warp(torch.rand(2, 4, 32, 32), displacement).sum().backward()
     assert displacement.grad.shape == displacement.shape

@@ -1,9 +1,9 @@
-"""Run the four scripts on a full disk, again and again with a little more room, until they get through.
+"""Run the four scripts on a full disk, again and again with a little more space, until they finish.
 
     sudo python tests/faults/full_disk.py --step 64
 
-The disk is a tmpfs (mount asks for root), which grows by so many KiB after every failure. Every failure has
-to be one line, exit status 2 and no truncated or temporary file; the end the same as with room before.
+The disk is a tmpfs (mount needs root), which grows by so many KiB after every failure. Every failure must
+give one line, exit status 2 and no truncated or temporary file; the results must be those of a large disk.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from snapshot import differences, snapshot  # noqa: E402
 
 
 def attempt(arguments, place):
-    """Run a script; None when it gets through, else a list of what was wrong with its failure."""
+    """Run a script; returns None if it finishes, else a list of what was wrong with its failure."""
     process = start(*arguments)
     _, errors = process.communicate()
     if process.returncode == 0:
@@ -57,5 +57,5 @@ def main(step):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--step", type=int, default=256, help="KiB more after every failure")
+    parser.add_argument("--step", type=int, default=256, help="KiB added after every failure")
     sys.exit(main(parser.parse_args().step))

@@ -1,9 +1,9 @@
-"""Mutate headers and tables at random: the readers answer with a case or one line that names the fault.
+"""Mutate headers and tables at random: the readers must return a case or one line that names the fault.
 
     python tests/faults/fuzz_readers.py --rounds 2000 --seed 0
 
-Bytes of NIfTI headers, of compressed files and of the table are flipped, set to extremes, cut, filled in.
-Prints what came of it; exit status 1 and the seed where anything else was raised or memory passed 1 GiB.
+Bytes of NIfTI headers, of compressed files and of the table are flipped, set to extremes, cut, inserted.
+Prints the outcomes; exit status 1 if anything else was raised (with its seed) or memory passed 1 GiB.
 """
 
 import argparse
@@ -33,47 +33,47 @@ NUMBERS = [("<h", -1), ("<h", 32767), ("<i", 2**31 - 1), *(("<f", value) for val
 WORDS = ["nan", "-1", "1e99", "0.5", "=1+1", "../x", '"', "\n", "\x00", ",", "é", "9" * 30, "A0A0A0"]
 
 
-def mutate(data, chance, limit=None):
-    """Some bytes of `data` changed, the first `limit` of them at most."""
+def mutate(data, rng, limit=None):
+    """`data` with some bytes changed, only among the first `limit` if that is given."""
     data = bytearray(data)
-    for _ in range(chance.choice((1, 1, 2, 5))):
-        place = chance.randrange(min(limit or len(data), len(data)))
-        kind = chance.randrange(5)
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        place = rng.randrange(min(limit or len(data), len(data)))
+        kind = rng.randrange(5)
         if kind == 0:
-            data[place] ^= 1 << chance.randrange(8)
+            data[place] ^= 1 << rng.randrange(8)
         elif kind == 1:
-            data[place] = chance.choice(EXTREMES)
+            data[place] = rng.choice(EXTREMES)
         elif kind == 2 and limit:
-            code, value = chance.choice(NUMBERS)
+            code, value = rng.choice(NUMBERS)
             place -= place % 4
             data[place : place + struct.calcsize(code)] = struct.pack(code, value)
         elif kind == 3 and not limit:
-            del data[place : place + chance.randrange(1, 50)]
+            del data[place : place + rng.randrange(1, 50)]
         elif not limit:
-            data[place:place] = chance.choice(WORDS).encode()
+            data[place:place] = rng.choice(WORDS).encode()
         if not data:
             return b""
     return bytes(data)
 
 
-def spoil(root, chance):
-    """Spoil one file of a dataset; what was done."""
-    kind = chance.choice(("header", "header", "header", "gzip", "table", "cut"))
+def spoil(root, rng):
+    """Damage one file of a dataset; returns the kind of damage."""
+    kind = rng.choice(("header", "header", "header", "gzip", "table", "cut"))
     tables = [path for path in root.rglob("*") if path.name == TABLE or path.name == "Info.cfg"]
-    path = chance.choice(tables if kind == "table" else sorted(root.rglob("*.nii.gz")))
+    path = rng.choice(tables if kind == "table" else sorted(root.rglob("*.nii.gz")))
     data = path.read_bytes()
     if kind == "header":
-        data = gzip.compress(mutate(gzip.decompress(data), chance, 352), 1)
+        data = gzip.compress(mutate(gzip.decompress(data), rng, 352), 1)
     elif kind == "cut":
-        data = data[: chance.randrange(len(data))]
+        data = data[: rng.randrange(len(data))]
     else:
-        data = mutate(data, chance)
+        data = mutate(data, rng)
     path.write_bytes(data)
     return kind
 
 
 def outcome(root):
-    """Read everything; what came of it, in a word."""
+    """Read everything; returns the outcome, in capitals if it is wrong."""
     try:
         dataset = read_cases(root)
     except InputError as fault:
@@ -97,11 +97,11 @@ def main(rounds, seed):
         write_mms(sources[0], MMS_CASES[:4], shape)
         write_acdc(sources[1], 1, 1, shape)
         for number in range(seed, seed + rounds):
-            chance, place = random.Random(number), Path(folder) / "spoilt"
+            rng, place = random.Random(number), Path(folder) / "spoilt"
             shutil.rmtree(place, ignore_errors=True)
             shutil.copytree(sources[number % 2], place)
             try:
-                kind = spoil(place, chance)
+                kind = spoil(place, rng)
                 result = outcome(place)
             except Exception:
                 result = "RAISED"

@@ -1,10 +1,10 @@
-"""Kill the four scripts at random moments, again and again, and compare with a run that nothing disturbed.
+"""Kill the four scripts at random moments, again and again, and compare with an undisturbed run.
 
     python tests/faults/kill_anywhere.py --kills 100 --seed 0
 
-Every kill hits one process: SIGKILL, SIGTERM or SIGINT to it, or SIGTERM to it and its workers. What is
-left after each has no truncated file; started again with the same words, the scripts end with the same
-files. A round is all four scripts in a fresh OUT. Prints seeds and differences; exit status 1 with any.
+A kill is SIGKILL, SIGTERM or SIGINT to the script's process, or SIGTERM to it and its workers. It must leave
+no truncated file, and the same command, run again, must end with the same files. A round is all four scripts
+in a fresh OUT. Prints seeds and differences; exit status 1 if there are any.
 """
 
 import argparse
@@ -35,8 +35,8 @@ EXITS = {"KILL": {-9}, "TERM": {143, -15}, "INT": {130, -2}, "TERM to all": {143
 
 
 def command(script, data, out, workers):
-    words = f"--data {data} --out {out} --workers {workers} --device cpu {SCRIPTS[script]}"
-    return [sys.executable, str(TESTS.parent / script), *words.split()]
+    options = f"--data {data} --out {out} --workers {workers} --device cpu {SCRIPTS[script]}"
+    return [sys.executable, str(TESTS.parent / script), *options.split()]
 
 
 def start(*arguments):
@@ -46,7 +46,7 @@ def start(*arguments):
 
 
 def timed(*arguments):
-    """Run a script to its end; the seconds from its first line (torch is imported by then) to its end."""
+    """Run a script to its end; returns the seconds since its first line, when torch has been imported."""
     process = start(*arguments)
     process.stdout.readline()
     begun = time.monotonic()
@@ -61,30 +61,30 @@ def kill(process, how):
 
 
 def whole(out):
-    """Lines for files below `out` that have their final name and are not whole."""
+    """Yield a line for every file below `out` that has its final name but is incomplete."""
     for path in sorted(path for path in out.rglob("*") if path.is_file()):
         if not path.name.startswith(".tmp-"):
             try:
                 content(path)
             except Exception as error:
-                yield f"not whole: {path}: {error}"
+                yield f"incomplete: {path}: {error}"
 
 
-def run_through(script, data, out, workers, chance, seconds):
-    """Run a script to its end through random kills; (kills, lines of what was wrong)."""
+def run_through(script, data, out, workers, rng, seconds):
+    """Run a script to its end through random kills; returns (kills, lines of what was wrong)."""
     kills, wrong = 0, []
     while True:
         process = start(script, data, out, workers)
-        how, moment = chance.choice(SIGNALS), chance.uniform(0, 0.8 * seconds)
+        how, moment = rng.choice(SIGNALS), rng.uniform(0, 0.8 * seconds)
         try:
-            spared = chance.random() < 0.2  # else many kills would be needed to get through
-            if chance.random() < 0.9:  # else it is killed before it has begun
+            spared = rng.random() < 0.2  # otherwise it would take many kills to finish
+            if rng.random() < 0.9:  # else it may be killed before it has begun
                 process.stdout.readline()
             _, errors = process.communicate(timeout=None if spared else moment)
         except subprocess.TimeoutExpired:
             kill(process, how)
             _, errors = process.communicate()
-            if process.returncode:  # else it was just through
+            if process.returncode:  # else it had just finished
                 kills += 1
                 print(f"  {script} {how} after {moment:.2f} s: exit {process.returncode}", flush=True)
                 wrong += whole(out.parent)
@@ -105,11 +105,11 @@ def main(kills, seed, minutes):
             seconds[script] = timed(script, data, folder / "whole" / "run", 1)
         expected = snapshot(folder / "whole")
         while done < kills and time.monotonic() - begun < 60 * minutes:
-            chance, place = random.Random(seed + rounds), folder / f"round{rounds}"
+            rng, place = random.Random(seed + rounds), folder / f"round{rounds}"
             workers = 1 + rounds % 2
             print(f"round {rounds}, seed {seed + rounds}, {workers} workers", flush=True)
             for script in SCRIPTS:
-                count, found = run_through(script, data, place / "run", workers, chance, seconds[script])
+                count, found = run_through(script, data, place / "run", workers, rng, seconds[script])
                 done, wrong = done + count, wrong + found
             found = differences(without_workers(expected), without_workers(snapshot(place)))
             print(*(f"  {line}" for line in wrong + found), sep="\n", flush=True)
@@ -119,7 +119,7 @@ def main(kills, seed, minutes):
 
 
 def without_workers(files):
-    """The number of worker processes is in config.json, and is all that may differ by it."""
+    """`files` without the number of workers in config.json, the only thing that may differ with it."""
     files = dict(files)
     for name in (name for name in files if name.endswith("config.json")):
         files[name] = {**files[name], "settings": {**files[name]["settings"], "workers": 0}}
