@@ -546,9 +546,16 @@ def test_a_truncated_checkpoint_is_one_clear_line(tmp_path, whole, share):
         train(tmp_path)
 
 
-def test_without_a_checkpoint_the_script_to_run_before_is_named(tmp_path):
-    with pytest.raises(InputError, match="run train_segmentation.py --labels"):
-        load_network(SegmentationNetwork(1), tmp_path / "best.pt", CPU)
+@pytest.mark.parametrize(
+    ("run", "script"),
+    [
+        ("registration", "train_registration.py"),
+        ("segmentation/original", "train_segmentation.py --labels original"),
+    ],
+)
+def test_without_a_checkpoint_the_script_to_run_before_is_named(tmp_path, run, script):
+    with pytest.raises(InputError, match=f"run {script} first"):
+        load_network(SegmentationNetwork(1), tmp_path / run / "best.pt", CPU)
 
 
 def test_a_checkpoint_is_whole_or_absent(tmp_path):
