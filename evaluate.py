@@ -70,7 +70,7 @@ def main(argv):
 
 
 def training_runs(models, folder):
-    """{model: its "steps" and "best" score, and its config.json} of finished models, by runs in `folder`.
+    """{model: its "steps" and "best" score, and its config.json} of finished models, from runs in `folder`.
 
     Raises InputError where they were not trained on the same cases.
     """
@@ -148,7 +148,7 @@ def write_results(folder, results):
 
 
 def safe_name(name):
-    """A dataset's name made fit for a folder, unlike the names in evaluation/."""
+    """A dataset's name made fit for a folder, and different from all names in evaluation/."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", name)
     return f"{name}_" if name in ("", "predictions") else name
 

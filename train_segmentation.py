@@ -1,7 +1,8 @@
 """Step 3: train the paper's 2-D U-Net on the expert labels only (`original`) and with the propagated ones.
 
 Both train for the same number of steps, so that only the labels differ. The best checkpoint and the schedule
-depend only on Validation cases of vendors with training labels; those of other vendors decide nothing.
+depend only on Validation cases of vendors with training labels or, if there are none, on held-out training
+patients; Validation cases of other vendors decide nothing.
 """
 
 import torch

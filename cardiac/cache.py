@@ -141,9 +141,9 @@ class Cache:
         Validation uses labelled Validation cases of vendors that have training labels; those of other vendors
         are only logged. If there are none of the former, `_fifth` of the labelled training patients is held
         out, which is printed. held_out: codes of patients held out, [] for none, None: not yet chosen. If no
-        other patient has labels, they are trained on, too. finished: the run is: print nothing, and accept
-        that its Validation has gone. Raises InputError without training labels, for a code that is not a
-        labelled training patient's, and if the Validation of an unfinished run has gone.
+        other patient has labels, they are trained on, too. finished: whether the run is; if so, nothing is
+        printed, and its Validation may have gone. Raises InputError without training labels, for a code that
+        is not a labelled training patient's, and if the Validation of an unfinished run has gone.
         """
         training = self.split("Training")
         labelled = [case for case in training if case.labelled]

@@ -46,8 +46,8 @@ def main(argv):
         phantom.write_phantom(data, seed=arguments.seed)
     common = ["--data", str(data), "--out", str(out)]
     common += ["--device", arguments.device, "--seed", str(arguments.seed)]
-    for module, words in STEPS:
-        command = [*common, *words.split()]
+    for module, options in STEPS:
+        command = [*common, *options.split()]
         print(f"\n# python {module.__name__}.py {shlex.join(command)}", flush=True)
         code = module.main(command)
         if code:

@@ -171,7 +171,7 @@ class Results:
 
     @property
     def differing_settings(self):
-        """The training settings, except its length, in which the two models differ, in words."""
+        """The settings, except those of the length of training, in which the two models differ, as texts."""
         runs, found = [run["settings"] for run in self.trained.values()], []
         for name in (item.name for item in dataclasses.fields(SegmentationSettings)):
             values = [str(run.get(name)) for run in runs]
@@ -184,7 +184,7 @@ class Results:
     def labels(self):
         """The expert labels that were trained on, in words."""
         known = self.used["labelled_phases"]
-        text = "expert labels of ED and ES" if known == "both" else f"expert labels of {known} alone"
+        text = "expert labels of ED and ES" if known == "both" else f"expert labels of {known} only"
         return f"{text}, {counted(len(self.learnt_from), 'patient')}" if self.own else text
 
     def starred(self, name):

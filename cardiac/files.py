@@ -136,8 +136,10 @@ def write_text(path, text):
 def redo_command(path):
     """The command that redoes the run, and no other, to which the file at `path` belongs."""
     folder = Path(path).parent
-    if folder.parent.name == "segmentation":
+    if folder.parent.name == "segmentation" and folder.name in ("original", "propagated"):
         return f"train_segmentation.py --labels {folder.name}"
+    if folder.parent.name in ("evaluation", "predictions"):  # of a dataset or scan, whatever that is called
+        return "evaluate.py"
     scripts = {"registration": "train_registration.py", "propagation": "propagate_labels.py"}
     return scripts.get(folder.name, "evaluate.py")
 

@@ -79,7 +79,7 @@ def _find_base(root):
 
 
 def _case_folders(base, places):
-    """[(place, case folder)] for places such as "training/labeled", ignoring upper and lower case."""
+    """[(place, case folder)] for places such as "training/labeled", ignoring letter case."""
     found = []
     for place in places:
         folders = [base]
@@ -106,7 +106,7 @@ def _read_all(folders, read):
 
 
 def _find_file(folder, stem):
-    """The file STEM.nii.gz or STEM.nii in a folder, ignoring upper and lower case."""
+    """The file STEM.nii.gz or STEM.nii in a folder, ignoring letter case."""
     names = {path.name.lower(): path for path in _listing(folder)}
     for suffix in (".nii.gz", ".nii"):
         if path := names.get(f"{stem}{suffix}".lower()):

@@ -213,7 +213,7 @@ def refine(velocity, moving, fixed, steps, smoothness=0.03, lr=0.1):
 
 @torch.no_grad()
 def displacements(velocity, size):
-    """Displacements (B, 2, H, W), pixels, of velocities (B, 2, h, w), without folds; size = (H, W)."""
+    """Displacements (B, 2, H, W), pixels, of velocities (B, 2, h, w), by `remove_folds`; size = (H, W)."""
     return torch.cat([remove_folds(part, size) for part in velocity.split(_inference_batch(velocity))])
 
 

@@ -57,7 +57,8 @@ def read_header(path, dimensions=(4,)):
         raise file_error(path, f"empty volume ({sizes(shape)})")
     claimed, on_disk = math.prod(shape) * dtype.itemsize + offset, Path(path).stat().st_size
     if math.prod(shape) * max(dtype.itemsize, 4) + offset > MAX_BYTES:
-        raise file_error(path, f"header claims {claimed / 2**30:,.1f} GiB; no more than 2 GiB are read")
+        what = "no more than 2 GiB, as float32 or more, are read"
+        raise file_error(path, f"header claims {claimed / 2**30:,.1f} GiB; {what}")
     if claimed > on_disk * (MAX_GZIP_RATIO if _is_gzip(path) else 1):
         raise file_error(path, f"truncated, or wrong header: {claimed:,} bytes claimed, {on_disk:,} present")
     return header
@@ -92,7 +93,7 @@ def axes_of(header, path):
 
 @np.errstate(all="ignore")
 def read_image(path, dimensions=(4,)):
-    """The voxels of an image, as stored if they are integers of 8 or 16 bits, otherwise float32.
+    """The voxels of an image, as stored if they are unscaled integers of 8 or 16 bits, otherwise float32.
 
     Raises InputError if any is not finite, or if all are the same.
     """

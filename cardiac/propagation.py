@@ -131,7 +131,8 @@ class Propagated:
             where = [(code.decode("ascii"), *place) for code, *place in zip(codes, *columns[:2])]
             return cls(labels, where, np.array(columns[2], np.float32), trust)
         except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise InputError(f"{path}: not readable ({error}); propagate_labels.py --overwrite") from error
+            what = f"not readable ({error}); propagate_labels.py --overwrite redoes it"
+            raise InputError(f"{path}: {what}") from error
 
 
 def made_from(path):

@@ -143,9 +143,9 @@ def choose_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and parallel.LAUNCHED:
-        cards = torch.cuda.device_count()
-        if cards < parallel.ON_THIS_HOST:
-            what = f"{parallel.ON_THIS_HOST} processes, but this machine has {cards} CUDA device(s)"
+        gpus = torch.cuda.device_count()
+        if gpus < parallel.ON_THIS_HOST:
+            what = f"{parallel.ON_THIS_HOST} processes, but this machine has {gpus} CUDA device(s)"
             raise InputError(f"torchrun started {what}; lower --nproc_per_node")
         torch.cuda.set_device(parallel.LOCAL_RANK)
     if name == "cuda":
@@ -226,9 +226,9 @@ def check_run(settings, name, cases, learned=None, labels=None, compare_only=Fal
     made_of = {"dataset": dataset_identity(cases), "cases": learned}
     made_of |= {} if compare_only else {"labels": labels}
     stored = read_json(config) if config.exists() and (compare_only or not settings.overwrite) else made_of
-    anew = "use --labels both --overwrite" if compare_only else "use --overwrite"
-    advice = {"dataset": f"another dataset; {anew}",
-              "cases": f"cases of Training or Validation that have since changed or been added; {anew}",
+    redo = "use --labels both --overwrite" if compare_only else "use --overwrite"
+    advice = {"dataset": f"another dataset; {redo}",
+              "cases": f"cases of Training or Validation that have since changed or been added; {redo}",
               "labels": "other propagated labels; use --labels propagated --overwrite"}
     for what, identity in made_of.items():
         if stored.get(what, identity) != identity:

@@ -18,7 +18,7 @@ def setting(default, help, **options):
     return field(default=default, metadata={"help": help, **options})
 
 
-LIMITS = {  # the least and the largest value of a number
+LIMITS = {  # smallest and largest allowed value of each numeric setting
     "size": (16, 4096), "spacing": (0.05, 100), "seed": (0, 2**63 - 1), "lr": (1e-9, 1000),
     "width": (1, MAX_WIDTH), "batch_size": (1, 1e15), "epochs": (1, 1e15), "max_steps": (1, 1e15),
     "steps_per_epoch": (1, 1e15), "channels": (1, 1e15), "labelled_cases": (1, 1e15), "workers": (0, 1e15),
@@ -116,7 +116,7 @@ class RegistrationSettings(TrainingSettings):
     difference_weight: float = setting(0.0, "weight of the labels' squared difference, in the same slices")
     width: int = setting(1, "multiple of VoxelMorph's channels; 2: better labels in three times the time")
     guided: bool = setting(False, "the labels of the moving slice, where known, are an input of the network")
-    turned: bool = setting(False, "average the velocities of a pair as it is and turned by 180 degrees")
+    turned: bool = setting(False, "carry labels by a pair's mean velocity, as it is and turned by 180 deg")
     labelled_share: float = setting(0.5, "share of pairs that are ED and ES, where both have expert labels")
 
 
@@ -273,8 +273,9 @@ def _stored(folder):
 
 def _merge(settings, known, stored, folder, written):
     """Take settings that are not yet `known` from the `stored` ones of the run in `folder`; known ones,
-    whether typed or from another run, must not contradict those. Runs may differ in their seed: the first one
-    counts. written: whether this call writes to `folder`.
+    whether typed or from another run, must not contradict those, unless they MAY_CHANGE. Runs may differ in
+    their seed: the first one counts. If results are REDONE, `stored` replaces all that is not typed. written:
+    whether this call writes to `folder`.
     """
     for name in (item.name for item in dataclasses.fields(settings) if item.name not in PER_CALL):
         if name not in stored:

@@ -19,7 +19,7 @@ TRAINING_BYTES = 3e9
 
 
 def step_generator(seed, step):
-    """A CPU generator whose draws depend on (seed, step) alone, and are the same on every device."""
+    """A CPU generator whose draws depend only on (seed, step), and are the same on every device."""
     state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
@@ -171,8 +171,9 @@ class LabelledSlices:
     """Slices with labels, expert or propagated.
 
     rows: (N,) of the store's images, the expert's first; labels: (N, S, S) uint8 and trust: (P + 1, S, S)
-    uint8, of the P propagated ones and, in the last row, full trust for all others; both in the store's
-    memory. expert_share: share of expert slices among those drawn; 0: all slices are equally likely.
+    uint8, of the P propagated ones and, in the last row, full trust for all others (without trust maps this
+    row only); both in the store's `gather_device`. expert_share: share of expert slices among those drawn; 0:
+    all slices are equally likely.
     """
 
     def __init__(self, store, propagated=None, expert_share=0.0):

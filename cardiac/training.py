@@ -142,7 +142,7 @@ class Run:
             self.schedule.step(scores["val_loss"])
             self.meter.restart()
         best = self.folder / "best.pt"
-        if scores["score"] > progress.best or not best.exists():  # never for NaN; at first there is none
+        if scores["score"] > progress.best or not best.exists():  # NaN is not larger; at first there is none
             if parallel.RANK == 0 and not whole and len(progress.rows) > 1:
                 write_bytes(self.folder / BEST_OF_WHOLE_EPOCHS, best.read_bytes())
             progress.best = max(progress.best, scores["score"])
@@ -293,8 +293,8 @@ class Meter:
         """Timing columns of log.csv since the last call (`seconds` in all): all that equal runs differ in."""
         now = time.perf_counter()
         seconds, steps = now - self.epoch_clock, self.progress.step - self.epoch_step
-        on_card = self.device.type == "cuda"
-        waits = (a.elapsed_time(b) / 1000 if on_card else b - a for a, b in self.waits)
+        on_gpu = self.device.type == "cuda"
+        waits = (a.elapsed_time(b) / 1000 if on_gpu else b - a for a, b in self.waits)
         row = {"seconds": self.progress.seconds, "samples_per_second": steps * self.batch_size / seconds}
         row |= {"waiting_percent": 100 * sum(waits) / seconds, "memory_gb": peak_memory(self.device) / 1e9}
         self.epoch_clock, self.epoch_step, self.waits = now, self.progress.step, []

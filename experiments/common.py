@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from cardiac import REGIONS, phantom
-from cardiac.files import read_csv, read_json, write_csv, write_json
+from cardiac.files import InputError, read_csv, read_json, write_csv, write_json
 
 OPTIONS = {
     "seeds": "number of seeds",
@@ -63,7 +63,10 @@ def results(path, columns, jobs, run, args, others=()):
     typed["others"], noted = " ".join(elsewhere.parse_known_args(others)[1]), path.with_suffix(".json")
     before = typed
     if path.exists():
-        before = read_json(noted) if noted.exists() else {}
+        try:
+            before = read_json(noted) if noted.exists() else {}
+        except InputError:
+            raise SystemExit(f"{noted}: not readable; choose another --out") from None
     for name in typed:
         if before.get(name) != typed[name]:
             raise SystemExit(

@@ -153,7 +153,7 @@ def _forget():
 
 @contextlib.contextmanager
 def simulated_gpu():
-    """Simulate a GPU within the block; yields its `Cards`, which count `waits` and `uploads`."""
+    """Simulate a GPU within the block; yields its `Cards`: counts of waits, uploads and peak resets."""
     load, save, generator, future = torch.load, torch.save, torch.Generator, torch.__future__
     overwrite = future.get_overwrite_module_params_on_conversion()
 

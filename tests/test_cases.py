@@ -436,7 +436,7 @@ def test_what_would_take_more_than_2_gib_as_float32_is_refused(tmp_path, frames,
     if fits:
         assert nifti.read_header(path).get_data_shape()[3] == frames
     else:
-        with pytest.raises(InputError, match="no more than 2 GiB are read"):
+        with pytest.raises(InputError, match="no more than 2 GiB, as float32 or more, are read"):
             nifti.read_header(path)
 
 

@@ -20,6 +20,7 @@ from cardiac.files import (
     locked,
     read_csv,
     read_json,
+    redo_command,
     replacing,
     write_csv,
     write_json,
@@ -377,3 +378,20 @@ def test_more_processes_than_cards_is_one_line(monkeypatch):
     monkeypatch.setattr(parallel, "ON_THIS_HOST", 2)
     with pytest.raises(InputError, match="2 processes, but this machine has 1 CUDA"):
         choose_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("place", "command"),
+    [
+        ("runs/registration/config.json", "train_registration.py"),
+        ("segmentation/registration/last.pt", "train_registration.py"),
+        ("runs/propagation/config.json", "propagate_labels.py"),
+        ("segmentation/segmentation/original/best.pt", "train_segmentation.py --labels original"),
+        ("runs/segmentation/propagated/config.json", "train_segmentation.py --labels propagated"),
+        ("segmentation/evaluation/summary.json", "evaluate.py"),
+        ("runs/evaluation/registration/summary.json", "evaluate.py"),
+        ("runs/predictions/original/summary.json", "evaluate.py"),
+    ],
+)
+def test_the_command_that_redoes_a_run_whatever_its_folders_are_called(place, command):
+    assert redo_command(place) == command

@@ -404,14 +404,14 @@ def run(trained_run, tmp_path):
     return words, tmp_path / "run"
 
 
-def take_rows(path):
+def csv_rows(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
 def test_the_script_writes_labels_of_the_frames_between_for_training_cases(trained_run):
     _, out = trained_run
-    rows = take_rows(out / "propagation" / "quality.csv")
+    rows = csv_rows(out / "propagation" / "quality.csv")
     assert tuple(rows[0]) == propagate_labels.COLUMNS
     assert {(row["case"], row["frame"]) for row in rows} == {("A0A0A0", "1"), ("B0B0B0", "0")}
     assert len(rows) == 6
@@ -455,7 +455,7 @@ def test_frames_all_through_the_script(run):
     words, out = run
     assert propagate_labels.main([*words, "--frames", "all"]) == 2, "contradicts the run that is there"
     assert propagate_labels.main([*words, "--frames", "all", "--overwrite"]) == 0
-    frames = {(row["case"], int(row["frame"])) for row in take_rows(out / "propagation" / "quality.csv")}
+    frames = {(row["case"], int(row["frame"])) for row in csv_rows(out / "propagation" / "quality.csv")}
     assert frames == {("A0A0A0", t) for t in (1, 3, 4)} | {("B0B0B0", t) for t in (0, 2, 3)}
 
 
@@ -496,7 +496,7 @@ def test_labels_of_a_case_that_has_changed_are_made_anew(run, tmp_path):
     table.write_text(table.read_text().replace("A0A0A0,Siemens,A,1,0,2", "A0A0A0,Siemens,A,1,0,3"))
     words[1] = str(data)
     assert propagate_labels.main([*words, "--cache", str(tmp_path / "cache")]) == 0
-    rows = take_rows(out / "propagation" / "quality.csv")
+    rows = csv_rows(out / "propagation" / "quality.csv")
     assert {row["frame"] for row in rows if row["case"] == "A0A0A0"} == {"1", "2"}
 
 
@@ -535,7 +535,7 @@ def test_two_frames_have_nothing_between_and_original_is_trained_alone(tmp_path,
     assert len(lines) == 1
     folder = tmp_path / "run" / "propagation"
     assert len(Propagated.read(folder / "labels.h5").labels) == 0
-    assert take_rows(folder / "quality.csv") == []
+    assert csv_rows(folder / "quality.csv") == []
     assert (folder / "quality.csv").read_text().startswith("case,vendor,frame,slice,")
     assert (folder / "nifti" / "A0A0A0_sa_propagated.nii.gz").exists()
 
@@ -553,7 +553,7 @@ def test_without_validation_the_patient_held_out_may_be_the_only_one_of_a_vendor
     write_mms(tmp_path / "bare", [Tiny("A0A0A0"), Tiny("B0B0B0", vendor="B", ed=4, es=1)])
     words = ["--data", str(tmp_path / "bare"), "--out", str(tmp_path / "run"), *SHORT]
     assert train_segmentation.main([*words, "--labels", "original", "--channels", "1"]) == 0
-    (row, *_) = take_rows(tmp_path / "run" / "segmentation" / "original" / "log.csv")
+    (row, *_) = csv_rows(tmp_path / "run" / "segmentation" / "original" / "log.csv")
     assert float(row["val_dice_LV"]) >= 0
     assert "unseen_dice" not in row
     assert evaluate.main([*words[:4], "--split", "Training", "--workers", "1"]) == 0

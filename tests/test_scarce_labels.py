@@ -74,7 +74,7 @@ def test_no_training_script_sees_the_labels_of_the_other_phase(known, withheld, 
     for out, data in zip(found, (tiny_data, tmp_path / "spoilt" / "MnM")):
         run(data, out, scripts=SCRIPTS[3:])
         page = (out / "evaluation" / "report.html").read_text()
-        assert f"Trained on expert labels of {known} alone, 2 patients, of vendor A, B;" in page
+        assert f"Trained on expert labels of {known} only, 2 patients, of vendor A, B;" in page
         shown.append(re.search('id="propagation-data">(.*?)</script>', page)[1])
     assert shown[0] == shown[1], "the report shows what was propagated, not the expert's withheld label"
 

@@ -149,7 +149,7 @@ def killed(*_):
     raise Killed
 
 
-SIGNAL_ERRORS = {
+WAYS_TO_STOP = {
     Killed: killed,
     KeyboardInterrupt: lambda: signal.raise_signal(signal.SIGINT),
     Terminated: lambda: signal.raise_signal(signal.SIGTERM),
@@ -158,7 +158,7 @@ SIGNAL_ERRORS = {
 
 @hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
 @hypothesis.given(
-    st.lists(st.tuples(st.integers(0, 11), st.sampled_from(list(SIGNAL_ERRORS))), min_size=1, max_size=3),
+    st.lists(st.tuples(st.integers(0, 11), st.sampled_from(list(WAYS_TO_STOP))), min_size=1, max_size=3),
     st.sampled_from([0.0, 1e9]),
 )
 def test_stopped_at_any_steps_in_any_way_the_run_ends_as_if_nothing_had_been(
@@ -170,7 +170,7 @@ def test_stopped_at_any_steps_in_any_way_the_run_ends_as_if_nothing_had_been(
         patch.setattr(training, "SAVE_EVERY", every)
         for step, how in stops:  # at a step already taken, the run just finishes
             with contextlib.suppress(how):
-                train(folder, Task({step: SIGNAL_ERRORS[how]}))
+                train(folder, Task({step: WAYS_TO_STOP[how]}))
         train(folder)
     assert_equal_runs(folder, whole)
 
