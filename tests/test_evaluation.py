@@ -457,6 +457,26 @@ def test_every_slice_of_every_frame_comes_back_to_its_place(at_once, evaluated, 
     np.testing.assert_array_equal(nib.load(tmp_path / "out" / "out_pred.nii.gz").dataobj, expected)
 
 
+WHOLE = {"frames": 6, "frames_without_LV": 0, "ED": 4, "ES": 1, "LV_EDV_ml": 90.04, "LV_ESV_ml": 40.0,
+         "LV_SV_ml": 50.04, "LV_EF_percent": 55.58, "LV_mass_g": 100.0}
+EDV, MASS = "A: ED 4, EDV 90.0 ml", ", mass 100.0 g"
+ESV = ", ES 1, ESV 40.0 ml, SV 50.0 ml, EF 55.6 %"
+
+
+@pytest.mark.parametrize(
+    ("found", "line"),
+    [
+        ({}, EDV + MASS + ESV),
+        ({"LV_mass_g": None}, EDV + ESV),
+        ({"ES": None, "LV_EF_percent": None}, EDV + MASS),
+        ({"frames_without_LV": 2}, EDV + MASS + ESV + "; no LV in 2 of 6 frames"),
+        ({"ED": None, "frames_without_LV": 6}, "A; no LV in 6 of 6 frames"),
+    ],
+)
+def test_the_line_of_a_scan_says_what_was_found_and_what_not(found, line):
+    assert predict._result_line("A", WHOLE | found) == line
+
+
 def test_ed_and_es_are_the_largest_and_the_smallest_lv(evaluated, tmp_path, monkeypatch):
     """A network that knows the truth finds the phases, the volumes and the ejection fraction."""
     image, labels = heart((40, 36, 3, 6), 4, 1)
