@@ -9,6 +9,7 @@ import pytest
 from datasets import write_acdc
 
 from cardiac.cases import load_case
+from cardiac.files import read_csv, read_json
 from cardiac.layouts import read_cases
 from cardiac.phantom import write_phantom
 
@@ -119,3 +120,36 @@ def test_the_oracle_is_trained_on_the_true_label_of_every_frame(tmp_path, capsys
     printed = capsys.readouterr().out
     assert "propagated: 12 expert slices + 24 propagated" in printed, "of 2 patients, 4 frames, 3 slices"
     assert "original: 12 expert slices + 0 propagated" in printed
+
+
+def test_the_ingredients_of_the_segmentation_are_added_one_at_a_time(
+    tiny_data, tmp_path, monkeypatch, capsys, no_pictures
+):
+    import segmentation_ingredients
+
+    out = tmp_path / "ingredients"
+    numbers = ["--size", "32", "--spacing", "2", "--channels", "2", "--steps", "2", "--steps-per-epoch", "2"]
+    argv = ["experiment", "--data", str(tiny_data), "--out", str(out), *numbers]
+    monkeypatch.setattr(sys, "argv", argv)
+    segmentation_ingredients.main()
+    rows = read_csv(out / "runs.csv")
+    assert [row["name"] for row in rows] == list(segmentation_ingredients.RUNS)
+    used = set()
+    for folder in (out / "seed0").iterdir():
+        (trained,) = folder.glob("segmentation/*/config.json")
+        settings = read_json(trained)["settings"]
+        mirrored = read_json(folder / "evaluation" / "config.json")["settings"]["mirrored"]
+        used.add((*(settings[name] for name in ("crop", "augment", "averaging", "dice_weight")), mirrored))
+    assert used == {
+        ("centre", False, 0, 0, False),
+        ("motion", False, 0, 0, False),
+        ("motion", True, 0, 0, False),
+        ("motion", True, 0.99, 0, False),
+        ("motion", True, 0.99, 1, True),  # scored as it is before, and by four mirror images
+    }
+    shown = capsys.readouterr().out
+    assert shown.count("segmentation/original: finished at step 2") == 1, "it is not trained again"
+    table = shown.splitlines()[-8:]
+    assert table[0].startswith("| segmentation | LV | MYO | RV |")
+    for row, line in zip(rows, table[2:]):
+        assert line.startswith(f"| {row['name']} | {float(row['LV']):.3f}")
