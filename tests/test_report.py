@@ -1,6 +1,7 @@
 """The figures' helpers, and report.html in a headless browser."""
 
 import base64
+import itertools
 import json
 import re
 import shutil
@@ -111,6 +112,44 @@ def test_report_shows_how_the_networks_were_trained(evaluation):
     own = [float(row["dice_after"]) for row in rows if row["split"] == "Testing" and row["region"] == "LV"]
     lines = re.findall(r"<tr><td>Testing LV</td><td>(\d+)</td><td>[^<]*</td><td>([^<]*)</td>", training)
     assert lines == [(str(len(own)), f"{np.mean(own):.3f}")]
+
+
+def test_the_table_of_all_cases_has_each_ones_own_scores():
+    cases = [SimpleNamespace(code=code, vendor="A", centre="1") for code in ("A1", "B2")]
+    models, regions = ("original", "propagated"), ("LV", "MYO", "RV")
+    places = itertools.product(models, ("A1", "B2"), ("ED", "ES"), regions)
+    rows = [dict(zip(("model", "case", "phase", "region"), place)) for place in places]
+    for k, row in enumerate(rows):
+        row |= {"dice": k / 100, "hd95_mm": float(k)}
+    fractions = np.array([50.0, 60.0]), np.array([55.0, 65.0])
+    results = SimpleNamespace(models=models, cases=cases, rows=rows, failures=[], measured=lambda *_: fractions)
+    table = page._cases(results, ["B2"])
+    cells = re.findall("<td>(?:<button[^>]*>)?([^<]*)(?:</button>)?</td>", table)
+    # Dice of both models in all, of LV, MYO and RV; HD95; ejection fraction
+    first = ["0.025", "0.145", "0.015", "0.135", "0.025", "0.145", "0.035", "0.155", "2.5", "14.5"]
+    second = ["0.085", "0.205", "0.075", "0.195", "0.085", "0.205", "0.095", "0.215", "8.5", "20.5"]
+    one, other = ["A1", "A", "1", "55.0", *first, "50.0", "50.0"], ["B2", "A", "1", "65.0", *second]
+    assert cells == [*one, *other, "60.0", "60.0"]
+    assert re.findall(r'data-view="(\d+)">([^<]*)<', table) == [("0", "B2")]
+
+
+def test_report_shows_each_case_with_its_own_scores(evaluation):
+    text = (evaluation / "report.html").read_text()
+    rows = [row for row in read_csv(evaluation / "cases.csv") if row["dice"]]
+
+    def dice(**place):
+        own = [float(row["dice"]) for row in rows if place.items() <= row.items()]
+        return f"{np.mean(own):.3f}" if own else ""
+
+    views = json.loads(re.search(r'id="cases-data">(.*?)</script>', text)[1])
+    for view in views:
+        for frame in view["frames"]:
+            phase = re.search(r"\((ED|ES)\)", frame["name"])[1]
+            found = re.findall(r"(original|propagated) (LV|MYO|RV) ([0-9.]*)", frame["note"])
+            assert len(found) == 6
+            code = view["title"].split()[0]
+            for model, region, value in found:
+                assert value == dice(case=code, model=model, region=region, phase=phase)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
