@@ -122,7 +122,8 @@ def test_the_table_of_all_cases_has_each_ones_own_scores():
     for k, row in enumerate(rows):
         row |= {"dice": k / 100, "hd95_mm": float(k)}
     fractions = np.array([50.0, 60.0]), np.array([55.0, 65.0])
-    results = SimpleNamespace(models=models, cases=cases, rows=rows, failures=[], measured=lambda *_: fractions)
+    numbers = {"rows": rows, "failures": [], "measured": lambda *_: fractions}
+    results = SimpleNamespace(models=models, cases=cases, **numbers)
     table = page._cases(results, ["B2"])
     cells = re.findall("<td>(?:<button[^>]*>)?([^<]*)(?:</button>)?</td>", table)
     # Dice of both models in all, of LV, MYO and RV; HD95; ejection fraction
