@@ -281,12 +281,11 @@ def _rebuild_reason(path, wanted, cases, skip_bad):
     expected = {name: (count, wanted["size"], wanted["size"]) for name, count in rows.items()}
     if shapes != expected:
         return f"the file there holds arrays of other shapes: {shapes}"
-    if not skip_bad:
-        for case in cases:
-            if case.code not in there:
-                with contextlib.suppress(InputError):
-                    load_case(case)
-                    return f"{case.code} can be read again"
+    tried_again = () if skip_bad else [case for case in cases if case.code not in there]
+    for case in tried_again:
+        with contextlib.suppress(InputError):
+            load_case(case)
+            return f"{case.code} can be read again"
     return None
 
 

@@ -80,8 +80,7 @@ def overlap_loss(warped, fixed, labelled):
     areas = warped.sum((-2, -1)), fixed.sum((-2, -1))
     counted = labelled[:, None] & (areas[0] > 0) & (areas[1] > 0)
     dice = 2 * (warped * fixed).sum((-2, -1)) / (areas[0] + areas[1]).clamp(min=1e-6)
-    count = parallel.process_mean(counted.sum()).clamp(min=1 / parallel.processes())
-    return ((1 - dice) * counted).sum() / count
+    return ((1 - dice) * counted).sum() / _mean_count(counted)
 
 
 def difference_loss(warped, fixed, labelled):
@@ -91,8 +90,12 @@ def difference_loss(warped, fixed, labelled):
     the fixed slice lacks (the base has left it) as far as a diffeomorphism can.
     """
     difference = (warped - fixed).square().mean((1, 2, 3))
-    count = parallel.process_mean(labelled.sum()).clamp(min=1 / parallel.processes())
-    return (difference * labelled).sum() / count
+    return (difference * labelled).sum() / _mean_count(labelled)
+
+
+def _mean_count(counted):
+    """How many elements of a bool tensor are True, mean over the processes; at least 1 over all of them."""
+    return parallel.process_mean(counted.sum()).clamp(min=1 / parallel.processes())
 
 
 def cross_entropy(logits, labels, trust=None):
