@@ -47,23 +47,31 @@ def warp_both(displacement, images, labels):
     return warp(images, displacement), warp(labels, displacement, "nearest").to(torch.uint8)
 
 
-def vary_intensity(generator, images, gamma=0.5, contrast=0.3, bias=0.4, blur=1.0, noise=0.05):
+def vary_intensity(
+    generator, images, gamma=0.5, histogram=0.5, contrast=0.3, bias=0.4, blur=1.0, noise=0.05, resolution=1.0
+):
     """Vary images (B, C, S, S) in [0, 1] as scanners do; the C channels of a sample vary alike.
 
-    gamma: log of the largest exponent of the contrast curve; contrast: largest relative change of gain, and
-    .3 of it of offset; bias: twice the largest standard deviation of the log of a smooth coil shading, drawn
-    3 x 3; blur: largest standard deviation, pixels, of a Gaussian, cut to three taps; noise: largest standard
-    deviation of Rician noise, drawn per pixel and added last, as in a scanner.
+    gamma: log of the largest exponent of the contrast curve; histogram: log of the largest factor by which
+    one of five equal ranges of intensity is stretched, all being scaled to fill [0, 1] again; contrast:
+    largest relative change of gain, and .3 of it of offset; bias: twice the largest standard deviation of the
+    log of a smooth coil shading, drawn 3 x 3; blur: largest standard deviation, pixels, of a Gaussian, cut to
+    three taps; noise: largest standard deviation of Rician noise, drawn per pixel, as in a scanner;
+    resolution: largest share, in half of the samples, of the image at half the resolution, noise included,
+    as scanners interpolate what they have acquired.
     """
     batch, channels, height, width = images.shape
     device, whole = images.device, batch * processes()
-    draw = share(torch.rand(6, whole, 1, 1, 1, generator=generator), 1)
+    draw = share(torch.rand(12, whole, 1, 1, 1, generator=generator), 1)
     coarse = share(torch.randn(whole, 1, 3, 3, generator=generator))
     seed = torch.randint(2**31, (), generator=generator).item()
     draw, coarse = draw.to(device, non_blocking=True), coarse.to(device, non_blocking=True)
     spread = 2 * draw - 1
 
-    images = images.clamp(0, 1) ** torch.exp(spread[0] * gamma)  # in place from here: allocation costs most
+    images = images.clamp(0, 1) ** torch.exp(spread[0] * gamma)
+    stretch = torch.softmax(spread[7:] * histogram, 0)
+    images = sum(rise * (5 * images - k).clamp_(0, 1) for k, rise in enumerate(stretch))
+    # in place from here: allocation costs most
     images.mul_(1 + spread[1] * contrast).add_(spread[2] * contrast * 0.3).clamp_(min=0)
     shading = F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False)
     images.mul_(shading.mul_(0.5 * bias * draw[3]).exp_())
@@ -75,7 +83,10 @@ def vary_intensity(generator, images, gamma=0.5, contrast=0.3, bias=0.4, blur=1.
     pixels = torch.Generator(device).manual_seed(seed)  # many numbers: drawn on the device
     normal = torch.randn(2, whole, channels, height, width, generator=pixels, device=device)
     real, imaginary = share(normal, 1).mul_(noise * draw[5])
-    return images.add_(real).hypot_(imaginary).clamp_(0, 1.5)
+    images.add_(real).hypot_(imaginary)
+    halved = F.avg_pool2d(images, 2)
+    halved = F.interpolate(halved, size=(height, width), mode="bilinear", align_corners=False)
+    return images.lerp_(halved, spread[6].clamp(min=0) * resolution).clamp_(0, 1.5)
 
 
 def augment_pairs(batch, seed, step):

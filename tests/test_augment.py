@@ -102,7 +102,7 @@ def test_pairs_move_together_and_keep_their_own_images_and_labels():
     assert not torch.allclose(moved.moving, other.moving, atol=0.1)
 
 
-OFF = {"gamma": 0, "contrast": 0, "bias": 0, "blur": 0, "noise": 0}
+OFF = {"gamma": 0, "histogram": 0, "contrast": 0, "bias": 0, "blur": 0, "noise": 0, "resolution": 0}
 
 
 def vary(images, **limits):
@@ -131,6 +131,19 @@ def test_gamma_is_one_exponent_a_sample():
     assert torch.allclose(exponents, exponents[:, :1].expand(-1, 3), atol=1e-3)
     assert 0.45 < exponents.abs().max() <= 0.501
     assert 16 < (exponents[:, 0] > 0).sum() < 48
+
+
+def test_histogram_stretches_fifths_and_keeps_black_white_and_their_order():
+    levels = vary(torch.linspace(0, 1, 11).repeat(64, 1, 8, 1), histogram=0.5)[:, 0, 0]
+    assert torch.allclose(levels[:, 0], torch.zeros(64), atol=1e-6)
+    assert torch.allclose(levels[:, -1], torch.ones(64), atol=1e-6)
+    rises = levels.diff(dim=1)
+    assert torch.allclose(rises[:, ::2], rises[:, 1::2], atol=1e-6), "linear within a fifth"
+    factors = rises[:, ::2].log()
+    largest = factors.amax(1) - factors.amin(1)
+    assert 0.8 < largest.max() <= 1.0001
+    assert largest.min() > 0.05
+    assert torch.corrcoef(factors.T).fill_diagonal_(0).abs().max() < 0.6, "each fifth by its own draw"
 
 
 def test_contrast_is_one_gain_and_one_offset_a_sample():
@@ -175,6 +188,27 @@ def test_noise_is_that_of_a_magnitude():
     assert torch.allclose(dark.mean((1, 2, 3)), sigma * (torch.pi / 2) ** 0.5, rtol=0.05)
     bright = vary(torch.full((64, 1, SIZE, SIZE), 0.8), noise=0.05)
     assert torch.allclose(bright.std((1, 2, 3)), sigma, rtol=0.06), "far from 0 it is normal"
+
+
+def test_resolution_takes_a_share_of_the_detail_from_half_of_the_samples():
+    pixels = torch.arange(SIZE)
+    board = ((pixels[:, None] + pixels) % 2).float().expand(64, 1, SIZE, SIZE)
+    kept = vary(board, resolution=1.0)[:, 0]
+    assert torch.allclose(kept.mean((1, 2)), torch.full((64,), 0.5), atol=1e-4)
+    detail = 2 * kept.std((1, 2), correction=0)  # half the resolution shows nothing of a board
+    assert 20 < (detail > 0.999).sum() < 44
+    assert detail.min() < 0.1
+    assert (detail[detail < 0.999] - 0.5).abs().mean() > 0.1, "each by its own share"
+    ramp = torch.linspace(0, 1, SIZE).repeat(64, 1, SIZE, 1)
+    inside = (Ellipsis, slice(1, -1))
+    assert torch.allclose(vary(ramp, resolution=1.0)[inside], ramp[inside], atol=1e-5), "and moves nothing"
+
+
+def test_resolution_is_lost_after_noise():
+    noise = vary(torch.full((64, 1, SIZE, SIZE), 0.8), noise=0.05, resolution=1.0)[:, 0] - 0.8
+    neighbours = (noise[:, 1:] * noise[:, :-1]).mean((1, 2)) / noise.square().mean((1, 2))
+    assert neighbours.max() > 0.5
+    assert (neighbours.abs() < 0.1).sum() > 20
 
 
 def test_what_is_dark_stays_dark():
