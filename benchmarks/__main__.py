@@ -42,12 +42,16 @@ def main():
     torch.set_num_threads(1)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     (name,), tables = names, []
+    stored = {table["title"]: table for table in results.get(name, [])}
     for title, text, rows in import_module(f"benchmarks.{name}").sections(arguments.rounds):
+        if rows is None:  # not for this processor: as measured on another
+            tables += [stored[title]] if title in stored else []
+            continue
         if isinstance(rows[0], Row):
             rows = [vars(row) for row in rows]
-        tables.append({"title": title, "text": text, "rows": rows})
+        tables.append({"title": title, "text": text, "rows": rows, "machine": machine()})
         print(f"\n{title}", *(" | ".join(row) for row in cells(rows)), sep="\n", flush=True)
-    results[name] = {"machine": machine(), "tables": tables}
+    results[name] = tables
     RESULTS.write_text(json.dumps({name: results[name] for name in SECTIONS if name in results}, indent=1))
     write_page(results)
     draw(results)
@@ -90,16 +94,15 @@ def write_page(results):
         "![measured ratios and their targets](benchmarks.png)",
         "",
     ]
-    if not any(", cuda (" in result["machine"] for result in results.values()):
+    tables = [table for name in SECTIONS for table in results.get(name, [])]
+    if not any(", cuda (" in table["machine"] for table in tables):
         lines += ["No GPU was available: all figures are of a CPU and say nothing about GPUs.", ""]
-    for name in SECTIONS:
-        if name not in results:
-            continue
-        for table in results[name]["tables"]:
-            header, *rows = ("| " + " | ".join(row) + " |" for row in cells(table["rows"]))
-            rule = "|---" + "|---:" * (header.count("|") - 2) + "|"
-            lines += [f"## {table['title']}", "", table["text"], "", header, rule, *rows, ""]
-        lines += [f"Measured: {results[name]['machine']}.", ""]
+    for table, following in zip(tables, [*tables[1:], {"machine": None}]):
+        header, *rows = ("| " + " | ".join(row) + " |" for row in cells(table["rows"]))
+        rule = "|---" + "|---:" * (header.count("|") - 2) + "|"
+        lines += [f"## {table['title']}", "", table["text"], "", header, rule, *rows, ""]
+        if following["machine"] != table["machine"]:
+            lines += [f"Measured: {table['machine']}.", ""]
     PAGE.write_text("\n".join([*lines, BY_HAND]) + by_hand)
 
 
@@ -110,7 +113,7 @@ def draw(results):
 
     bars, context = [], ""
     for name in (name for name in SECTIONS if name in results):
-        for table in results[name]["tables"]:
+        for table in results[name]:
             for row in (Row(**row) for row in table["rows"] if isinstance(row, dict)):
                 context = row.what if not row.what.startswith("...") else context
                 if row.met is None:

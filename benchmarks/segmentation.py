@@ -170,8 +170,8 @@ def sections(rounds):
         text = f"Registration: 16 pairs, segmentation: {BATCH} slices, {SIZE} x {SIZE}, in memory, with the"
         text += " random transforms of the `strong` recipe."
         yield "Data path: its share of a step", text, rows
-        if DEVICE.type == "cuda" or "avx512_bf16" in Path("/proc/cpuinfo").read_text():
-            text = "The same steps as in the previous section; `--precision` chooses."
-            yield "Precision of a step", text, precisions(Path(folder), rounds)
+        fast = DEVICE.type == "cuda" or "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+        text = "The same steps as in the previous section; `--precision` chooses."
+        yield "Precision of a step", text, precisions(Path(folder), rounds) if fast else None
         text = "64 slices in batches of 32, in one process; MONAI's transforms are its closest equivalents."
         yield "Data path against MONAI's", text, data_path(Path(folder), rounds)
