@@ -63,6 +63,7 @@ def machine():
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
     processor = f"{len(names)} x {names[0]}" if names else platform.machine()
+    processor += f" ({torch.backends.cpu.get_cpu_capability()})"
     clock = "wall time throughout, " if device.type == "cuda" else ""
     return (
         f"{datetime.date.today()}, {processor}, {describe(device)}, {clock}"
