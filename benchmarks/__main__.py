@@ -45,16 +45,19 @@ def main():
     stored = {table["title"]: table for table in results.get(name, [])}
     for title, text, rows in import_module(f"benchmarks.{name}").sections(arguments.rounds):
         if rows is None:  # not for this processor: as measured on another
-            tables += [stored[title]] if title in stored else []
+            if title in stored:
+                tables.append(stored[title])
             continue
         if isinstance(rows[0], Row):
             rows = [vars(row) for row in rows]
         tables.append({"title": title, "text": text, "rows": rows, "machine": machine()})
         print(f"\n{title}", *(" | ".join(row) for row in cells(rows)), sep="\n", flush=True)
     results[name] = tables
-    RESULTS.write_text(json.dumps({name: results[name] for name in SECTIONS if name in results}, indent=1))
-    write_page(results)
-    draw(results)
+    results = {name: results[name] for name in SECTIONS if name in results}
+    RESULTS.write_text(json.dumps(results, indent=1))
+    tables = [table for section in results.values() for table in section]
+    write_page(tables)
+    draw(tables)
 
 
 def machine():
@@ -79,7 +82,7 @@ def cells(rows):
     return [("what", "measured", "target", "met"), *(Row(**row).cells() for row in rows)]
 
 
-def write_page(results):
+def write_page(tables):
     """Write the page: the tables, then the hand-written part, which is kept."""
     by_hand = PAGE.read_text().split(BY_HAND)[1] if PAGE.exists() else "\n"
     lines = [
@@ -95,7 +98,6 @@ def write_page(results):
         "![measured ratios and their targets](benchmarks.png)",
         "",
     ]
-    tables = [table for name in SECTIONS for table in results.get(name, [])]
     if not any(", cuda (" in table["machine"] for table in tables):
         lines += ["No GPU was available: all figures are of a CPU and say nothing about GPUs.", ""]
     for table, following in zip(tables, [*tables[1:], {"machine": None}]):
@@ -107,22 +109,21 @@ def write_page(results):
     PAGE.write_text("\n".join([*lines, BY_HAND]) + by_hand)
 
 
-def draw(results):
+def draw(tables):
     """Plot what has a target, relative to it, on a logarithmic axis: left of 1 the target is met."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     bars, context = [], ""
-    for name in (name for name in SECTIONS if name in results):
-        for table in results[name]:
-            for row in (Row(**row) for row in table["rows"] if isinstance(row, dict)):
-                context = row.what if not row.what.startswith("...") else context
-                if row.met is None:
-                    continue
-                shares = [v / row.at_most if row.at_most else row.at_least / v for v in sorted(row.values)]
-                share = row.median / row.at_most if row.at_most else row.at_least / row.median
-                label = row.what.replace("...", context.rsplit(": ", 1)[0] + ":")
-                bars.append((label, max(share, 1e-2), min(shares), max(shares), row.met))
+    for table in tables:
+        for row in (Row(**row) for row in table["rows"] if isinstance(row, dict)):
+            context = row.what if not row.what.startswith("...") else context
+            if row.met is None:
+                continue
+            shares = [v / row.at_most if row.at_most else row.at_least / v for v in sorted(row.values)]
+            share = row.median / row.at_most if row.at_most else row.at_least / row.median
+            label = row.what.replace("...", context.rsplit(": ", 1)[0] + ":")
+            bars.append((label, max(share, 1e-2), min(shares), max(shares), row.met))
     figure, axes = plt.subplots(figsize=(10, 0.26 * len(bars) + 1), layout="constrained")
     for place, (_, share, low, high, met) in enumerate(bars):
         axes.plot([max(low, 1e-2), max(high, 1e-2)], [place] * 2, color="0.6", lw=4, solid_capstyle="butt")
