@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import types
 from concurrent.futures import ProcessPoolExecutor
 
 # libraries in use here that take long to import
@@ -18,6 +19,7 @@ def worker_pool(workers, jobs):
 
     workers: 0 for one per core. No more processes than jobs; with one, the work is done here. A worker ends
     when its parent is killed, and at most two jobs per worker wait: memory does not grow with the cases.
+    `function` must not be of the main module, which workers do not run.
     """
     count = min(workers or len(os.sched_getaffinity(0)), jobs)  # cores that this process may use
     if count <= 1:
@@ -33,7 +35,8 @@ def worker_pool(workers, jobs):
         def run(function, arguments):
             waiting = []
             for each in arguments:
-                waiting.append(pool.submit(function, *each))
+                with _main_hidden():  # starts the workers
+                    waiting.append(pool.submit(function, *each))
                 if len(waiting) >= 2 * count:
                     yield waiting.pop(0).result()
             for future in waiting:
@@ -44,6 +47,20 @@ def worker_pool(workers, jobs):
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+@contextlib.contextmanager
+def _main_hidden():
+    """Let workers that are started in the block not run the main module first, as they otherwise would.
+
+    A program that calls a script's `main(argv)` without `if __name__ == "__main__"` would run once more in
+    each worker, and wait there forever for the cache that its parent has locked.
+    """
+    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _end_with_parent():

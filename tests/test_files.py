@@ -215,20 +215,18 @@ def test_an_error_in_a_worker_arrives_as_it_is(workers):
         list(run(int, [("1",), ("2",), ("three",), ("4",)]))
 
 
+# not guarded by `if __name__ == "__main__"`
 WHERE = """
+import inspect
 from cardiac import parts
 from cardiac.workers import worker_pool
 
-def where():
-    return parts.__file__
-
-if __name__ == "__main__":
-    with worker_pool(2, 2) as run:
-        print(*{where(), *run(where, [(), ()])})
+with worker_pool(2, 2) as run:
+    print(*{*run(inspect.getfile, [(parts.read_part,)] * 2)})
 """
 
 
-def test_workers_run_the_code_of_their_parent_whatever_lies_in_the_working_directory(tmp_path):
+def test_workers_run_their_parents_package_not_its_program_whatever_the_working_directory(tmp_path):
     (tmp_path / "there" / "cardiac").mkdir(parents=True)
     for name in ("__init__", "parts", "workers"):
         (tmp_path / "there" / "cardiac" / f"{name}.py").write_text("")
