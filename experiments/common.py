@@ -26,7 +26,8 @@ OPTIONS = {
     "every": "steps between two scorings",
     "turn": "steps per turn",
 }
-MAY_CHANGE = ("seeds", "patients", "out")  # may change without invalidating rows: where, and how many
+# may change without invalidating rows: where, how many, which
+MAY_CHANGE = ("seeds", "patients", "recipes", "out")
 
 
 def make_parser(doc, name=None, data=True, **defaults):

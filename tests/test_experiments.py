@@ -12,6 +12,7 @@ from cardiac.cases import load_case
 from cardiac.files import read_csv, read_json
 from cardiac.layouts import read_cases
 from cardiac.phantom import write_phantom
+from cardiac.propagation import Propagated
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
@@ -104,7 +105,7 @@ def test_the_folder_of_acdc_holds_what_the_download_has(tmp_path, monkeypatch):
         acdc_folder.main(["--data", str(write_acdc(tmp_path / "less", training=1, testing=1))])
 
 
-def test_the_oracle_is_trained_on_the_true_label_of_every_frame(tmp_path, capsys, no_pictures):
+def test_what_the_oracle_and_full_trust_are_trained_on(tmp_path, capsys, no_pictures):
     import phantom_table
 
     few = {"training": 2, "validation": 1, "testing": 1, "unlabelled": 0}
@@ -114,9 +115,14 @@ def test_the_oracle_is_trained_on_the_true_label_of_every_frame(tmp_path, capsys
     cache, scores = phantom_table.register_and_propagate(tmp_path / "registered", common, words)
     assert {row["case"] for row in scores} == {case.code for case in cache.split("Training")}
     capsys.readouterr()
-    for seed, model in ((1, "oracle"), (2, "original")):
-        rows = phantom_table.train_and_score(model, tmp_path, common, seed, words, cache, "strong")
+    for model in ("oracle", "original", "full trust"):
+        rows = phantom_table.train_and_score(model, tmp_path, common, 1, words, cache, "strong")
         assert [row["model"] for row in rows] == 6 * [model]
+    trusted, full = (Propagated.read(tmp_path / run / "propagation" / "labels.h5")
+                     for run in ("registered", "seed1/full-trust"))
+    assert trusted.trust.min() < 255
+    assert full.trust is None
+    np.testing.assert_array_equal(full.labels, trusted.labels)
     printed = capsys.readouterr().out
     assert "propagated: 12 expert slices + 24 propagated" in printed, "of 2 patients, 4 frames, 3 slices"
     assert "original: 12 expert slices + 0 propagated" in printed
