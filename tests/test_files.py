@@ -222,7 +222,7 @@ from cardiac import parts
 from cardiac.workers import worker_pool
 
 with worker_pool(2, 2) as run:
-    print(*{*run(inspect.getfile, [(parts.read_part,)] * 2)})
+    print(*{parts.__file__, *run(inspect.getfile, [(parts.read_part,)] * 2)})
 """
 
 
